@@ -1,0 +1,375 @@
+"""The contract: what every backbone is, and what it gets from its base class."""
+
+import itertools
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import calculate_drop_path_rates
+from timm.models import FeatureInfo
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .errors import InputError
+from .layers import Blocks, Linear, crop_to, init_linear, layer_norm_2d, pad_to_multiple
+from .weights import KeyLayout
+
+__all__ = ["Backbone", "FeatureInfo", "wrap"]
+
+OutIndices = int | Sequence[int] | None
+
+
+class _Finished(type(nn.Module)):
+    """Calls `_finish` once the outermost constructor has returned, so that no architecture has to."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        model = super().__call__(*args, **kwargs)
+        model._finish()
+        return model
+
+
+class Backbone(nn.Module, metaclass=_Finished):
+    """An image encoder that returns feature maps at declared strides, for any image size.
+
+    An architecture sets `stem` and `stages` (NCHW in, NCHW out), one stage per entry of `strides`, and
+    writes no forward; what does not fit overrides `forward_features`. Called with images of shape
+    (B, in_chans, H, W), it returns one map (B, channels[i], ceil(H / strides[i]), ceil(W / strides[i]))
+    per index in `out_indices`, in ascending order.
+
+    Args:
+        channels: width of each map, finest first.
+        strides: pixels per cell of each map, ascending.
+        out_indices: which maps to return: None (all), indices from 0 or from the end (-1), or an int for
+            the last n, as in timm. Stages beyond the last one asked for are neither built nor run.
+        in_chans: channels of the images; weights for RGB are adapted when they are loaded.
+        drop_path_rate: stochastic depth of the last block; earlier blocks get a linear share of it.
+        checkpointing: recompute activations in the backward pass to save memory.
+        frozen_stages: -1 freezes nothing, 0 the stem, n the stem and the first n stages.
+        norm_eval: keep BatchNorm statistics fixed while training.
+        output_stride: 32; architectures that can dilate take 8 or 16.
+        out_norm: a LayerNorm on each map that is returned, as the official dense-prediction code of
+            several architectures has it.
+        features_only: False builds the published classifier instead; the forward then returns logits.
+        num_classes: classes of that classifier; 0 for pooled features.
+        drop_rate: dropout before the classifier.
+        global_pool: how the classifier pools; "avg" unless the architecture says more.
+
+    Raises:
+        InputError: an option or an image that cannot work; it names the range that can.
+    """
+
+    #: Key layouts of published checkpoints, tried beside the model's own names; the best fit wins.
+    key_layouts: ClassVar[tuple[KeyLayout, ...]] = ()
+    #: Parts that published classification checkpoints do not hold, or hold for other classes.
+    new_parts: ClassVar[tuple[str, ...]] = ("head", "out_norms")
+    #: Strides of the whole network that `output_stride` may ask for.
+    output_strides: ClassVar[tuple[int, ...]] = (32,)
+    #: Pooling that the classifier knows.
+    global_pools: ClassVar[tuple[str, ...]] = ("avg",)
+    #: Images are zero-padded, right and bottom, to a multiple of this; maps are cropped back.
+    size_divisor: int = 1
+
+    stem: nn.Module
+    stages: nn.ModuleList
+
+    def __init__(
+        self,
+        *,
+        channels: Sequence[int],
+        strides: Sequence[int] = (4, 8, 16, 32),
+        out_indices: OutIndices = None,
+        in_chans: int = 3,
+        drop_path_rate: float = 0.0,
+        checkpointing: bool = False,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        output_stride: int = 32,
+        out_norm: bool = False,
+        features_only: bool = True,
+        num_classes: int = 1000,
+        drop_rate: float = 0.0,
+        global_pool: str = "avg",
+    ):
+        super().__init__()
+        name = type(self).__name__
+        if len(channels) != len(strides):
+            raise InputError(f"{name}: {len(channels)} channels for {len(strides)} strides; give one per map")
+        if output_stride not in self.output_strides:
+            raise InputError(
+                f"{name}: output_stride={output_stride} is not supported; choose from {self.output_strides}"
+            )
+        if not 0.0 <= drop_path_rate < 1.0:
+            raise InputError(f"{name}: drop_path_rate={drop_path_rate} must be at least 0 and under 1")
+        if in_chans < 1:
+            raise InputError(f"{name}: in_chans={in_chans} must be at least 1")
+        if num_classes < 0:
+            raise InputError(f"{name}: num_classes={num_classes} must be at least 0")
+        if not features_only and out_indices is not None:
+            raise InputError(
+                f"{name}: out_indices chooses feature maps, and features_only=False builds a classifier; "
+                "pass one of the two"
+            )
+        if global_pool not in self.global_pools:
+            raise InputError(
+                f"{name}: global_pool={global_pool!r} is unknown; choose from {self.global_pools}"
+            )
+
+        self.in_chans = in_chans
+        self.drop_path_rate = drop_path_rate
+        self.checkpointing = checkpointing
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.output_stride = output_stride
+        self.out_norm = out_norm
+        self.features_only = features_only
+        self.num_classes = num_classes
+        self.drop_rate = drop_rate
+        self.global_pool = global_pool
+
+        self.out_indices = _resolve_indices(out_indices, len(channels), name)
+        levels = [
+            {"num_chs": c, "reduction": s, "module": f"stages.{i}"}
+            for i, (c, s) in enumerate(zip(channels, strides, strict=True))
+        ]
+        self.feature_info = FeatureInfo(levels, self.out_indices)
+        self.num_features = channels[-1]
+        self.pretrained_cfg: dict[str, Any] = {
+            "input_size": (in_chans, 224, 224),
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "interpolation": "bicubic",
+            "classifier": "head",
+        }
+
+    # What callers ask
+
+    @property
+    def out_channels(self) -> list[int]:
+        """Widths of the maps that the forward returns."""
+        return self.feature_info.channels()
+
+    @property
+    def strides(self) -> list[int]:
+        """Strides, in pixels, of the maps that the forward returns."""
+        return self.feature_info.reduction()
+
+    def forward(self, images: Tensor) -> list[Tensor] | Tensor:
+        """Feature maps of images (B, in_chans, H, W); with `features_only=False`, logits (B, num_classes)."""
+        self._check_images(images)
+        features = self.forward_features(pad_to_multiple(images, self.size_divisor))
+        if not self.features_only:
+            return self.forward_head(features)
+        height, width = images.shape[-2:]
+        return [
+            crop_to(norm(features[i]), -(-height // stride), -(-width // stride))
+            for i, norm, stride in zip(self.out_indices, self.out_norms, self.strides, strict=True)
+        ]
+
+    def forward_features(self, images: Tensor) -> Sequence[Tensor] | Tensor:
+        """Maps of every index up to the last one asked for; of a classifier, its last map, normed, unpooled."""
+        x = self.stem(images)
+        maps = []
+        for stage in self.stages:
+            x = self._run(stage, x)
+            maps.append(x)
+        return maps if self.features_only else self.norm(x)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits (B, num_classes) of unpooled features (B, C, h, w); with `pre_logits`, what the head sees."""
+        x = nn.functional.dropout(features.mean((2, 3)), self.drop_rate, self.training)
+        return x if pre_logits else self.head(x)
+
+    def get_classifier(self) -> nn.Module:
+        """The layer that yields the logits, as in timm."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the classifier's last layer by a fresh one for `num_classes`, as in timm; 0 for none."""
+        if self.features_only:
+            raise InputError(f"{type(self).__name__}: build it with features_only=False to have a classifier")
+        if global_pool is not None and global_pool not in self.global_pools:
+            raise InputError(f"global_pool={global_pool!r} is unknown; choose from {self.global_pools}")
+        self.num_classes = num_classes
+        self.global_pool = global_pool or self.global_pool
+        like = next(self.parameters())
+        self._make_head()
+        for name in self.new_parts:
+            if hasattr(self, name):
+                getattr(self, name).to(device=like.device, dtype=like.dtype).train(self.training)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Turns activation checkpointing on or off, as in timm."""
+        self.checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, Blocks):
+                module.checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
+        """Regular expressions that sort parameters into layers, in timm's convention, for layer-wise lr decay."""
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)"}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that take no weight decay beside norms and biases."""
+        return set()
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Training mode for what is neither frozen nor, with `norm_eval`, a BatchNorm."""
+        super().train(mode)
+        if mode:
+            for part in self._frozen_parts():
+                if isinstance(part, nn.Module):
+                    part.eval()
+            if self.norm_eval:
+                for module in self.modules():
+                    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                        module.eval()
+        return self
+
+    def extra_repr(self) -> str:
+        return f"out_indices={self.out_indices}, channels={self.out_channels}, strides={self.strides}"
+
+    # What architectures use
+
+    def wanted(self, stages: Iterable[nn.Module]) -> Iterator[nn.Module]:
+        """The leading stages that the maps asked for need; the rest of a lazy iterable is never built."""
+        return itertools.islice(stages, self.out_indices[-1] + 1 if self.features_only else None)
+
+    def drop_path_rates(self, depths: Sequence[int]) -> list[list[float]]:
+        """Rates per stage and block, rising linearly over the whole depth, whatever is pruned."""
+        return calculate_drop_path_rates(self.drop_path_rate, list(depths), stagewise=True)
+
+    def freezable(self) -> list[list[nn.Module | nn.Parameter]]:
+        """Parts in the order in which `frozen_stages` takes them: the stem, then one entry per stage."""
+        return [[self.stem], *([stage] for stage in self.stages)]
+
+    def make_norm(self) -> nn.Module:
+        """Norm between a classifier's last stage and its pooling; none unless an architecture has one."""
+        return nn.Identity()
+
+    def make_out_norm(self, channels: int) -> nn.Module:
+        """Norm of one map for `out_norm=True`."""
+        return layer_norm_2d(channels)
+
+    def adapt_table(self, name: str, value: Tensor, checkpoint: Mapping[str, Tensor]) -> Tensor:
+        """A size-dependent table of a checkpoint in this model's size; as it is unless an architecture resizes it."""
+        return value
+
+    # How it is put together
+
+    def _finish(self) -> None:
+        if self.features_only:
+            self.out_norms = nn.ModuleList(
+                self.make_out_norm(c) if self.out_norm else nn.Identity() for c in self.out_channels
+            )
+        else:
+            self.norm = self.make_norm()
+            self._make_head()
+        self.set_grad_checkpointing(self.checkpointing)
+        parts = len(self.freezable())
+        if not -1 <= self.frozen_stages < parts:
+            raise InputError(
+                f"{type(self).__name__}: frozen_stages={self.frozen_stages} is out of range; "
+                f"choose from -1 (none) to {parts - 1} (all that is built)"
+            )
+        for part in self._frozen_parts():
+            part.requires_grad_(False)
+        self.train()
+        # Convolutions then hand on channels-last maps, which norms and linear layers read without a copy.
+        self.to(memory_format=torch.channels_last)
+
+    def _make_head(self) -> None:
+        self.head = Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
+        self.head.apply(init_linear)
+
+    def _frozen_parts(self) -> list[nn.Module | nn.Parameter]:
+        return list(itertools.chain.from_iterable(self.freezable()[: self.frozen_stages + 1]))
+
+    def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
+        recompute = self.checkpointing and self.training and torch.is_grad_enabled()
+        if recompute and not any(isinstance(m, Blocks) for m in stage.modules()):
+            return checkpoint(stage, x, use_reentrant=False)
+        return stage(x)
+
+    def _check_images(self, images: Tensor) -> None:
+        name = getattr(self, "canonical_name", type(self).__name__)
+        expected = f"{name} takes float images of shape (B, {self.in_chans}, H, W)"
+        if images.ndim != 4 or images.shape[1] != self.in_chans:
+            hint = "; build it with in_chans to match" if images.ndim == 4 else ""
+            raise InputError(f"{expected}, got {tuple(images.shape)}{hint}")
+        if not images.is_floating_point():
+            raise InputError(f"{expected}, got {images.dtype}; scale to [0, 1] and normalise first")
+        if images.shape[2] < 1 or images.shape[3] < 1:
+            raise InputError(f"{expected} with H and W of at least 1, got {tuple(images.shape)}")
+
+
+def _resolve_indices(out_indices: OutIndices, count: int, name: str) -> tuple[int, ...]:
+    """Non-negative ascending indices of what the caller asked for."""
+    valid = f"valid indices are 0 to {count - 1}, or -{count} to -1, ascending; an int n takes the last n"
+    if out_indices is None:
+        return tuple(range(count))
+    if isinstance(out_indices, Iterable):
+        try:
+            given = [operator.index(i) for i in out_indices]
+        except TypeError:
+            raise InputError(f"{name}: out_indices={out_indices!r} are not integers; {valid}") from None
+    else:
+        try:
+            last = operator.index(out_indices)
+        except TypeError:
+            raise InputError(f"{name}: out_indices={out_indices!r} is no integer; {valid}") from None
+        if not 1 <= last <= count:
+            raise InputError(f"{name}: out_indices={last} takes the last {last} of {count} maps; {valid}")
+        given = list(range(count - last, count))
+    if not given or any(not -count <= i < count for i in given):
+        raise InputError(f"{name}: out_indices={given} is out of range; {valid}")
+    resolved = tuple(i % count for i in given)
+    if list(resolved) != sorted(set(resolved)):
+        raise InputError(f"{name}: out_indices={given} must ascend without repeats; {valid}")
+    return resolved
+
+
+class _Wrapped(Backbone):
+    def __init__(self, module: nn.Module, size_divisor: int, **options: Any):
+        super().__init__(**options)
+        self.size_divisor = size_divisor
+        self.module = module
+
+    def forward_features(self, images: Tensor) -> Sequence[Tensor]:
+        maps = list(self._run(self.module, images))
+        if len(maps) != len(self.feature_info.info):
+            raise InputError(
+                f"{type(self.module).__name__} returned {len(maps)} maps where {len(self.feature_info.info)} "
+                "were declared; make channels and strides agree with what it returns"
+            )
+        return maps
+
+    def freezable(self) -> list[list[nn.Module | nn.Parameter]]:
+        return [[self.module]]
+
+    def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
+        return {"module": r"^module"}
+
+
+def wrap(
+    module: nn.Module,
+    channels: Sequence[int],
+    strides: Sequence[int] = (4, 8, 16, 32),
+    size_divisor: int = 32,
+    **options: Any,
+) -> Backbone:
+    """A foreign module that returns NCHW maps, finest first, as a `Backbone`.
+
+    Args:
+        module: called with images (B, C, H, W); returns one map per entry of `channels`.
+        channels: width of each map.
+        strides: pixels per cell of each map.
+        size_divisor: image sides the module can take are multiples of this; others are padded.
+        **options: options common to all backbones, such as `out_indices` or `norm_eval`.
+    """
+    if not options.get("features_only", True):
+        raise InputError(
+            "wrap() takes a module that yields feature maps; features_only=False has no meaning here"
+        )
+    return _Wrapped(module, size_divisor, channels=channels, strides=strides, **options)

@@ -1,0 +1,26 @@
+"""The toolkit for plugin authors: what more than one architecture needs."""
+
+from .attention import Attention, attend
+from .blocks import Blocks, residual
+from .cache import TableCache
+from .linear import Linear, Mlp, gelu, init_linear
+from .norm import layer_norm_2d
+from .padding import crop_to, pad_to_multiple
+from .window import window_partition, window_unpartition
+
+__all__ = [
+    "Attention",
+    "Blocks",
+    "Linear",
+    "Mlp",
+    "TableCache",
+    "attend",
+    "crop_to",
+    "gelu",
+    "init_linear",
+    "layer_norm_2d",
+    "pad_to_multiple",
+    "residual",
+    "window_partition",
+    "window_unpartition",
+]

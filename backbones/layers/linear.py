@@ -1,0 +1,55 @@
+"""Linear layers and activations that cost a CPU no more than they must."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# oneDNN's float32 kernels for x86; elsewhere, or without it, `F.linear` is as good.
+_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` that runs as a 1x1 convolution where that is faster.
+
+    In float32 on x86, PyTorch sends `F.linear` to MKL and convolutions to oneDNN. The two compute the same
+    sums, and on AMD Zen 5 oneDNN takes half the time, forward and backward. Rows are laid along the width
+    of a channels-last map, so that nothing is copied.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _ONEDNN or torch.compiler.is_compiling() or _not_plain_float32(x) or x.shape[0] == 0:
+            return F.linear(x, self.weight, self.bias)
+        rows = x.reshape(1, 1, -1, self.in_features).permute(0, 3, 1, 2)  # (..., C) -> (1, C, 1, rows)
+        y = F.conv2d(rows, self.weight[:, :, None, None], self.bias)
+        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
+
+
+def _not_plain_float32(x: Tensor) -> bool:
+    return x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+
+
+def init_linear(module: nn.Module) -> None:
+    """Truncated normal weights and zero biases, as most transformers start; for `module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """GELU; overwrites `x` where autograd does not need it, because fresh memory costs more than the arithmetic."""
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+        return F.gelu(x, approximate=approximate)
+    return torch.ops.aten.gelu_(x, approximate=approximate)
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, linear over the last dimension: the MLP of a transformer block."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(gelu(self.fc1(x)))

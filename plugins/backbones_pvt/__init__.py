@@ -1,0 +1,44 @@
+"""Pyramid Vision Transformer v2, as a plugin."""
+
+from backbones import BackboneSpec, Weights, hookimpl
+
+BACKBONES_API = 1
+
+# variant: dims, depths, MLP ratios, linear attention, parameters in millions (1000 classes), ImageNet top-1
+_VARIANTS = {
+    "b0": ((32, 64, 160, 256), (2, 2, 2, 2), (8, 8, 4, 4), False, 3.67, 70.5),
+    "b1": ((64, 128, 320, 512), (2, 2, 2, 2), (8, 8, 4, 4), False, 14.01, 78.7),
+    "b2": ((64, 128, 320, 512), (3, 4, 6, 3), (8, 8, 4, 4), False, 25.36, 82.0),
+    "b2_li": ((64, 128, 320, 512), (3, 4, 6, 3), (8, 8, 4, 4), True, 22.55, 82.1),
+    "b3": ((64, 128, 320, 512), (3, 4, 18, 3), (8, 8, 4, 4), False, 45.24, 83.1),
+    "b4": ((64, 128, 320, 512), (3, 8, 27, 3), (8, 8, 4, 4), False, 62.56, 83.6),
+    "b5": ((64, 128, 320, 512), (3, 6, 40, 3), (4, 4, 4, 4), False, 81.96, 83.8),
+}
+
+
+@hookimpl
+def register_backbones() -> list[BackboneSpec]:
+    """PVTv2 b0 to b5 and b2 with linear attention."""
+    return [
+        BackboneSpec(
+            name=f"pvt_v2_{variant}",
+            family="PVTv2",
+            entry="backbones_pvt.pvt_v2:PyramidVisionTransformerV2",
+            channels=dims,
+            strides=(4, 8, 16, 32),
+            defaults={"dims": dims, "depths": depths, "mlp_ratios": mlp_ratios, "linear": linear},
+            weights=(
+                Weights(
+                    tag="in1k",
+                    source=f"hf-hub:timm/pvt_v2_{variant}.in1k",
+                    license="Apache-2.0",
+                    metrics={"imagenet_top1": top1},
+                ),
+            ),
+            params=params,
+            summary="pyramid of transformer stages with overlapping patches and spatially reduced attention",
+            paper="https://arxiv.org/abs/2106.13797",
+            license="Apache-2.0",
+        )
+        for variant, (dims, depths, mlp_ratios, linear, params, top1) in _VARIANTS.items()
+    ]

@@ -1,0 +1,183 @@
+"""Pyramid Vision Transformer v2 (Wang et al., https://arxiv.org/abs/2106.13797)."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from backbones.backbone import Backbone
+from backbones.layers import Blocks, Linear, attend, gelu, init_linear, residual
+from backbones.weights import KeyLayout
+
+TIMM = KeyLayout(
+    "timm", ((r"^patch_embed\.", "stages.0.embed."), (r"^(stages\.\d+)\.downsample\.", r"\1.embed."))
+)
+OFFICIAL = KeyLayout(
+    "official",
+    tuple((rf"^{old}{n}\.", f"stages.{n - 1}.{new}.")
+          for n in range(1, 5)
+          for old, new in (("patch_embed", "embed"), ("block", "blocks"), ("norm", "norm")))
+    + ((r"\.dwconv\.dwconv\.", ".dwconv."),),
+)  # fmt: skip
+
+
+class PyramidVisionTransformerV2(Backbone):
+    """Four stages of transformer blocks at strides 4, 8, 16 and 32, without position embeddings.
+
+    Args:
+        dims: width of each stage.
+        depths: blocks per stage.
+        heads: attention heads per stage.
+        sr_ratios: how much each stage shrinks keys and values along each side.
+        mlp_ratios: hidden width of each stage's MLP over its width.
+        linear: pool keys and values to 7 x 7 instead, in all stages (the paper's `Li`).
+        **options: those of `backbones.Backbone`.
+    """
+
+    key_layouts = (TIMM, OFFICIAL)
+
+    def __init__(
+        self,
+        dims: Sequence[int] = (64, 128, 320, 512),
+        depths: Sequence[int] = (3, 4, 6, 3),
+        heads: Sequence[int] = (1, 2, 5, 8),
+        sr_ratios: Sequence[int] = (8, 4, 2, 1),
+        mlp_ratios: Sequence[float] = (8, 8, 4, 4),
+        linear: bool = False,
+        **options: Any,
+    ):
+        super().__init__(channels=dims, strides=(4, 8, 16, 32), **options)
+        drop_path = self.drop_path_rates(depths)
+        self.stem = nn.Identity()
+        self.stages = nn.ModuleList(
+            self.wanted(
+                Stage(
+                    embed=PatchEmbed(dims[i - 1], dims[i], 3, 2)
+                    if i
+                    else PatchEmbed(self.in_chans, dims[0], 7, 4),
+                    blocks=[
+                        Block(dims[i], heads[i], 0 if linear else sr_ratios[i], mlp_ratios[i], rate)
+                        for rate in drop_path[i]
+                    ],
+                    dim=dims[i],
+                )
+                for i in range(4)
+            )
+        )
+        self.apply(_init_weights)
+
+    def freezable(self) -> list[list[nn.Module | nn.Parameter]]:
+        return [[self.stages[0].embed], *([stage] for stage in self.stages)]
+
+    def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
+        if coarse:
+            return {"stem": r"^stages\.0\.embed", "blocks": [(r"^stages\.(\d+)", None), (r"^norm", (99999,))]}
+        return {
+            "stem": r"^stages\.0\.embed",
+            "blocks": [
+                (r"^stages\.(\d+)\.embed", None),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^stages\.(\d+)\.norm", (99999,)),
+            ],
+        }
+
+
+class Stage(nn.Module):
+    """(B, C_in, H, W) -> (B, dim, H / stride, W / stride)."""
+
+    def __init__(self, embed: nn.Module, blocks: Sequence[nn.Module], dim: int):
+        super().__init__()
+        self.embed = embed
+        self.blocks = Blocks(*blocks)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.blocks(self.embed(x))).permute(0, 3, 1, 2)
+
+
+class PatchEmbed(nn.Module):
+    """Overlapping patches: (B, C_in, H, W) -> (B, H / stride, W / stride, dim)."""
+
+    def __init__(self, in_chans: int, dim: int, kernel: int, stride: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, kernel, stride, kernel // 2)
+        self.norm = nn.LayerNorm(dim, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class Block(nn.Module):
+    """Attention and MLP with residuals, on maps (B, H, W, C)."""
+
+    def __init__(self, dim: int, heads: int, sr_ratio: int, mlp_ratio: float, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads, sr_ratio)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), relu=sr_ratio == 0)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = residual(x, self.drop_path(self.attn(self.norm1(x))))
+        return residual(x, self.drop_path(self.mlp(self.norm2(x))))
+
+
+class Attention(nn.Module):
+    """Attention to a smaller map: strided by a convolution, or pooled to 7 x 7 where `sr_ratio` is 0."""
+
+    def __init__(self, dim: int, heads: int, sr_ratio: int):
+        super().__init__()
+        self.heads = heads
+        self.sr_ratio = sr_ratio
+        self.q = Linear(dim, dim)
+        self.kv = Linear(dim, 2 * dim)
+        self.proj = Linear(dim, dim)
+        if sr_ratio != 1:
+            self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio or 1, stride=sr_ratio or 1)
+            self.norm = nn.LayerNorm(dim, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, v = self.kv(self.reduce(x).flatten(1, 2)).chunk(2, dim=-1)
+        return self.proj(attend(self.q(x).flatten(1, 2), k, v, self.heads)).reshape(x.shape)
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """The map that keys and values come from: (B, H, W, C) -> (B, h, w, C)."""
+        if self.sr_ratio == 1:
+            return x
+        x = x.permute(0, 3, 1, 2)
+        if self.sr_ratio == 0:
+            return gelu(self.norm(self.sr(F.adaptive_avg_pool2d(x, 7)).permute(0, 2, 3, 1)))
+        height, width = x.shape[-2:]
+        if height < self.sr_ratio or width < self.sr_ratio:  # smaller than one kernel
+            x = F.pad(x, (0, max(0, self.sr_ratio - width), 0, max(0, self.sr_ratio - height)))
+        return self.norm(self.sr(x).permute(0, 2, 3, 1))
+
+
+class Mlp(nn.Module):
+    """MLP with a depth-wise 3 x 3 convolution before the GELU; the linear variant adds a ReLU before that."""
+
+    def __init__(self, dim: int, hidden: int, relu: bool):
+        super().__init__()
+        self.relu = relu
+        self.fc1 = Linear(dim, hidden)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.fc2 = Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        if self.relu:
+            x = F.relu(x)
+        x = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.fc2(gelu(x))
+
+
+def _init_weights(module: nn.Module) -> None:
+    init_linear(module)
+    if isinstance(module, nn.Conv2d):
+        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        nn.init.zeros_(module.bias)
