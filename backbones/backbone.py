@@ -112,9 +112,7 @@ class Backbone(nn.Module, metaclass=_Finished):
                 "pass one of the two"
             )
         if global_pool not in self.global_pools:
-            raise InputError(
-                f"{name}: global_pool={global_pool!r} is unknown; choose from {self.global_pools}"
-            )
+            raise InputError(f"{name}: global_pool={global_pool!r} is unknown; choose from {self.global_pools}")
 
         self.in_chans = in_chans
         self.drop_path_rate = drop_path_rate
@@ -369,7 +367,5 @@ def wrap(
         **options: options common to all backbones, such as `out_indices` or `norm_eval`.
     """
     if not options.get("features_only", True):
-        raise InputError(
-            "wrap() takes a module that yields feature maps; features_only=False has no meaning here"
-        )
+        raise InputError("wrap() takes a module that yields feature maps; features_only=False has no meaning here")
     return _Wrapped(module, size_divisor, channels=channels, strides=strides, **options)

@@ -81,9 +81,7 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def load_pretrained(
-    model: "Backbone", spec: BackboneSpec, pretrained: bool | str | os.PathLike
-) -> LoadReport:
+def load_pretrained(model: "Backbone", spec: BackboneSpec, pretrained: bool | str | os.PathLike) -> LoadReport:
     """Loads the weights that `build_backbone(pretrained=...)` asked for.
 
     Args:
@@ -191,9 +189,7 @@ def read_checkpoint(path: str | os.PathLike) -> Mapping:
             "download it again; if it holds more than tensors, save its state dict alone with torch.save"
         ) from error
     if not isinstance(content, Mapping):
-        raise WeightsError(
-            f"{path} holds a {type(content).__name__}; expected a state dict or a dict that has one"
-        )
+        raise WeightsError(f"{path} holds a {type(content).__name__}; expected a state dict or a dict that has one")
     return content
 
 
@@ -207,9 +203,7 @@ def _state_dict(content: Mapping) -> dict[str, Tensor]:
     state = {k: v for k, v in content.items() if isinstance(v, Tensor)}
     if not state:
         keys = ", ".join(map(str, list(content)[:8]))
-        raise WeightsError(
-            f"the checkpoint holds no tensors where a state dict was looked for; its keys: {keys}"
-        )
+        raise WeightsError(f"the checkpoint holds no tensors where a state dict was looked for; its keys: {keys}")
     return state
 
 
@@ -293,7 +287,5 @@ def _fetch_from_hub(row: Weights, name: str) -> Path:
         except EntryNotFoundError:
             continue
         except Exception as error:  # no such repository, no access, a broken connection
-            raise WeightsError(
-                f"{name}: weights {row.tag!r} could not be fetched from {repo}: {error}"
-            ) from error
+            raise WeightsError(f"{name}: weights {row.tag!r} could not be fetched from {repo}: {error}") from error
     raise WeightsError(f"{name}: {repo} on the hub holds neither model.safetensors nor pytorch_model.bin")

@@ -12,16 +12,16 @@ from backbones.backbone import Backbone
 from backbones.layers import Blocks, Linear, attend, gelu, init_linear, residual
 from backbones.weights import KeyLayout
 
-TIMM = KeyLayout(
-    "timm", ((r"^patch_embed\.", "stages.0.embed."), (r"^(stages\.\d+)\.downsample\.", r"\1.embed."))
-)
+TIMM = KeyLayout("timm", ((r"^patch_embed\.", "stages.0.embed."), (r"^(stages\.\d+)\.downsample\.", r"\1.embed.")))
 OFFICIAL = KeyLayout(
     "official",
-    tuple((rf"^{old}{n}\.", f"stages.{n - 1}.{new}.")
-          for n in range(1, 5)
-          for old, new in (("patch_embed", "embed"), ("block", "blocks"), ("norm", "norm")))
-    + ((r"\.dwconv\.dwconv\.", ".dwconv."),),
-)  # fmt: skip
+    (
+        *((rf"^patch_embed{n}\.", f"stages.{n - 1}.embed.") for n in range(1, 5)),
+        *((rf"^block{n}\.", f"stages.{n - 1}.blocks.") for n in range(1, 5)),
+        *((rf"^norm{n}\.", f"stages.{n - 1}.norm.") for n in range(1, 5)),
+        (r"\.dwconv\.dwconv\.", ".dwconv."),
+    ),
+)
 
 
 class PyramidVisionTransformerV2(Backbone):
@@ -55,9 +55,7 @@ class PyramidVisionTransformerV2(Backbone):
         self.stages = nn.ModuleList(
             self.wanted(
                 Stage(
-                    embed=PatchEmbed(dims[i - 1], dims[i], 3, 2)
-                    if i
-                    else PatchEmbed(self.in_chans, dims[0], 7, 4),
+                    embed=PatchEmbed(dims[i - 1], dims[i], 3, 2) if i else PatchEmbed(self.in_chans, dims[0], 7, 4),
                     blocks=[
                         Block(dims[i], heads[i], 0 if linear else sr_ratios[i], mlp_ratios[i], rate)
                         for rate in drop_path[i]
