@@ -1,0 +1,81 @@
+"""Vision backbones for dense tasks, as plugins: one interface, one feature pyramid, any image size.
+
+Importing this package imports neither torch nor any plugin; each name below is imported when first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .backbone import Backbone, FeatureInfo, wrap
+    from .errors import (
+        AmbiguousBackbone,
+        BackboneError,
+        IncompatiblePlugin,
+        InputError,
+        InvalidSpec,
+        MissingDependency,
+        PluginError,
+        UnknownBackbone,
+        WeightsError,
+    )
+    from .hookspecs import hookimpl
+    from .registry import PluginInfo, backbone_info, build_backbone, list_backbones, plugins, refresh, register
+    from .specs import BackboneInfo, BackboneSpec, Weights
+    from .weights import LoadReport
+
+    __version__: str
+
+__all__ = [
+    "AmbiguousBackbone",
+    "Backbone",
+    "BackboneError",
+    "BackboneInfo",
+    "BackboneSpec",
+    "FeatureInfo",
+    "IncompatiblePlugin",
+    "InputError",
+    "InvalidSpec",
+    "LoadReport",
+    "MissingDependency",
+    "PluginError",
+    "PluginInfo",
+    "UnknownBackbone",
+    "Weights",
+    "WeightsError",
+    "__version__",
+    "backbone_info",
+    "build_backbone",
+    "hookimpl",
+    "list_backbones",
+    "plugins",
+    "refresh",
+    "register",
+    "wrap",
+]
+
+_NAMES = {
+    "backbone": "Backbone FeatureInfo wrap",
+    "errors": "AmbiguousBackbone BackboneError IncompatiblePlugin InputError InvalidSpec MissingDependency "
+    "PluginError UnknownBackbone WeightsError",
+    "hookspecs": "hookimpl",
+    "registry": "PluginInfo backbone_info build_backbone list_backbones plugins refresh register",
+    "specs": "BackboneInfo BackboneSpec Weights",
+    "weights": "LoadReport",
+}
+_MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
+
+
+def __getattr__(name: str):
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("dense-backbones")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,171 @@
+"""Find and load the installed plugins; whatever goes wrong in one is kept with it and harms no other."""
+
+import os
+import re
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import pluggy
+
+from . import hookspecs
+from .errors import IncompatiblePlugin, PluginError
+from .specs import BackboneSpec, is_name
+
+GROUP = "backbones"
+APIS = (1,)  # values of BACKBONES_API that this version understands
+FIRST_PARTY = "dense-backbones"
+LOCAL = "local"  # namespace of what is registered by hand
+
+# A plugin that calls sys.exit() must not end the program either.
+Failure = (Exception, SystemExit)
+
+
+@dataclass(kw_only=True, eq=False)
+class Plugin:
+    """A plugin as installed, and what came of loading it."""
+
+    namespace: str
+    distribution: str = ""
+    version: str = ""
+    module: str = ""
+    status: str = "ok"
+    errors: list[BaseException] = field(default_factory=list)
+    specs: dict[str, BackboneSpec] = field(default_factory=dict)
+    names: dict[str, BackboneSpec] = field(default_factory=dict)  # aliases included
+    hooks: Any = None  # pluggy's callers, once loaded
+
+    def __str__(self) -> str:
+        return f"plugin {self.namespace!r} ({self.distribution} {self.version})".replace(" ( )", "")
+
+    @property
+    def first_party(self) -> bool:
+        return normalized(self.distribution) == FIRST_PARTY
+
+    def canonical(self, spec: BackboneSpec) -> str:
+        return f"{self.namespace}/{spec.name}"
+
+    def add(self, spec: BackboneSpec) -> None:
+        self.specs[spec.name] = spec
+        self.names |= dict.fromkeys((*spec.aliases, spec.name), spec)
+
+    def find(self, name: str) -> BackboneSpec | None:
+        """What the plugin's `find_backbone` returns for a name that it need not list."""
+        if self.hooks is None:
+            return None
+        try:
+            answers = self.hooks.find_backbone(name=name)
+            for spec in answers:
+                self.require_spec(spec, "find_backbone")
+        except Failure as error:
+            self.fail(error)
+            return None
+        return answers[0] if answers else None
+
+    def require_spec(self, spec: object, source: str) -> None:
+        if not isinstance(spec, BackboneSpec):
+            raise PluginError(f"{self}: {source} gave {spec!r}; give a BackboneSpec")
+
+    def fail(self, error: BaseException) -> None:
+        """Keep what went wrong; with BACKBONES_STRICT=1, raise it."""
+        self.status = "incompatible" if isinstance(error, IncompatiblePlugin) else "broken"
+        self.errors.append(error)
+        if os.environ.get("BACKBONES_STRICT", "0") in ("", "0"):
+            return
+        if isinstance(error, PluginError):
+            raise error
+        raise PluginError(f"{self} failed: {one_line(error)}") from error
+
+
+def read_plugins() -> list[Plugin]:
+    """Every installed plugin, first-party first, then by namespace."""
+    plugins: list[Plugin] = []
+    for entry_point in _entry_points():
+        plugin = Plugin(
+            namespace=entry_point.name,
+            distribution=entry_point.dist.name,
+            version=entry_point.dist.version,
+            module=entry_point.value,
+        )
+        reason = _blocked(plugin)
+        if reason:
+            plugin.status = "blocked"
+            plugin.errors.append(PluginError(f"{plugin} is not loaded: {reason}"))
+        else:
+            try:
+                _check_namespace(plugin, plugins)
+                _load(plugin, entry_point)
+            except Failure as error:
+                plugin.specs, plugin.names = {}, {}
+                plugin.fail(error)
+        plugins.append(plugin)
+    return plugins
+
+
+def _entry_points() -> list[EntryPoint]:
+    """One entry point per plugin, however often its metadata is on the path."""
+    unique = {(normalized(ep.dist.name), ep.name, ep.value): ep for ep in entry_points(group=GROUP)}
+    return [unique[key] for key in sorted(unique, key=lambda key: (key[0] != FIRST_PARTY, key[1], key[0]))]
+
+
+def _blocked(plugin: Plugin) -> str:
+    """Why the environment keeps a plugin from being loaded; empty if it does not."""
+    allowed = os.environ.get("BACKBONES_LOAD_PLUGINS")
+    blocked = _split(os.environ.get("BACKBONES_BLOCK_PLUGINS", ""))
+    distribution = normalized(plugin.distribution)
+    if blocked & {distribution, normalized(plugin.namespace)}:
+        return "BACKBONES_BLOCK_PLUGINS names it"
+    if allowed is None or plugin.first_party or distribution in _split(allowed):
+        return ""
+    return f"BACKBONES_LOAD_PLUGINS does not name {plugin.distribution}"
+
+
+def _check_namespace(plugin: Plugin, others: list[Plugin]) -> None:
+    if not is_name(plugin.namespace) or plugin.namespace == LOCAL:
+        raise PluginError(f"{plugin}: this namespace cannot be used; rename its entry point")
+    for other in others:
+        if other.namespace == plugin.namespace:
+            raise PluginError(f"{plugin}: {other} has this namespace already; uninstall one, or rename its entry point")
+
+
+def _load(plugin: Plugin, entry_point: EntryPoint) -> None:
+    module = entry_point.load()
+    api = getattr(module, "BACKBONES_API", None)
+    if api is None:
+        raise IncompatiblePlugin(f"{plugin} states no API version; write `BACKBONES_API = 1` in {plugin.module}")
+    if api not in APIS:
+        raise IncompatiblePlugin(
+            f"{plugin} is made for plugin API {api!r}, and this version of dense-backbones has {APIS[-1]}; "
+            f"run `pip install --upgrade dense-backbones {plugin.distribution}`"
+        )
+    # A manager of its own for each plugin: an unknown hook or an exception concerns nobody else.
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(hookspecs)
+    manager.register(module, name=plugin.namespace)
+    manager.check_pending()
+    answers = manager.hook.register_backbones()
+    if not answers:
+        raise PluginError(
+            f"{plugin}: {plugin.module} has no hook register_backbones that returns specs; "
+            "write one, and mark it with @backbones.hookimpl"
+        )
+    for spec in answers[0]:
+        plugin.require_spec(spec, "register_backbones")
+        taken = plugin.names.keys() & {spec.name, *spec.aliases}
+        if taken:
+            raise PluginError(f"{plugin}: two of its specs have the name {min(taken)!r}; rename one")
+        plugin.add(spec)
+    plugin.hooks = manager.hook
+
+
+def normalized(name: str) -> str:
+    """A distribution's name as packaging compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _split(names: str) -> set[str]:
+    return {normalized(name) for name in re.split(r"[,;\s]+", names) if name}

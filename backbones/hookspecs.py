@@ -1,0 +1,20 @@
+"""The hooks of a plugin. Its top module also states `BACKBONES_API = 1` and imports no torch."""
+
+from collections.abc import Iterable
+
+import pluggy
+
+from .specs import BackboneSpec
+
+hookspec = pluggy.HookspecMarker("backbones")
+hookimpl = pluggy.HookimplMarker("backbones")
+
+
+@hookspec
+def register_backbones() -> Iterable[BackboneSpec]:
+    """Return a spec for every backbone of the plugin; called once, when backbones are first asked for."""
+
+
+@hookspec
+def find_backbone(name: str) -> BackboneSpec | None:
+    """Return a spec for a bare name that no plugin lists, or None; for catalogues too large to list."""

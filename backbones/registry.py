@@ -1,0 +1,225 @@
+"""Which backbones there are, and how one is built; plugins are read once, when first asked for."""
+
+import difflib
+import importlib
+import re
+import threading
+import traceback
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from .building import build, check_entry
+from .discovery import LOCAL, Plugin, normalized, one_line, read_plugins
+from .errors import AmbiguousBackbone, InputError, PluginError, UnknownBackbone
+from .specs import BackboneInfo, BackboneSpec
+
+if TYPE_CHECKING:
+    from .backbone import Backbone
+
+_lock = threading.RLock()
+_read: list[Plugin] | None = None
+_reading = False
+_local = Plugin(namespace=LOCAL, module="__main__")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PluginInfo:
+    """What became of one plugin.
+
+    Args:
+        namespace: name of its entry point; the first half of its backbones' canonical ids.
+        distribution, version: what was installed; empty for `register`ed specs.
+        module: what the entry point names.
+        status: `ok`; `blocked` by the environment; `incompatible`, see `BACKBONES_API`; `broken`, see `error`.
+        backbones: how many it lists.
+        error, traceback: what went wrong; empty if nothing did.
+    """
+
+    namespace: str
+    distribution: str
+    version: str
+    module: str
+    status: str
+    backbones: int
+    error: str
+    traceback: str
+
+
+# --- questions ----------------------------------------------------------------------------------------------
+
+
+def list_backbones(pattern: str = "*", plugin: str | None = None) -> list[str]:
+    """Names of the backbones that are installed, in natural order; imports no model.
+
+    Args:
+        pattern: shell-style, matched against the bare name and the canonical id.
+        plugin: only those of this namespace or distribution.
+
+    Returns:
+        Bare names, and canonical ids (`namespace/name`) where the bare name means another backbone or several.
+
+    Raises:
+        PluginError: no such plugin is installed.
+    """
+    plugins = _plugins()
+    if plugin is not None:
+        plugins = [p for p in plugins if plugin == p.namespace or normalized(plugin) == normalized(p.distribution)]
+        if not plugins:
+            known = ", ".join(sorted({p.namespace for p in _plugins()}))
+            raise PluginError(f"no plugin is called {plugin!r}; installed: {known}; see `backbones plugins`")
+    names = [
+        spec.name if _claims(spec.name, listed_only=True) == [(owner, spec)] else owner.canonical(spec)
+        for owner in plugins
+        for spec in owner.specs.values()
+        if fnmatchcase(spec.name, pattern) or fnmatchcase(owner.canonical(spec), pattern)
+    ]
+    return sorted(names, key=lambda name: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", name)])
+
+
+def backbone_info(name: str) -> BackboneInfo:
+    """Everything that is known about a backbone without importing it, and which plugin provides it.
+
+    Raises:
+        UnknownBackbone: nothing has this name; the message has the nearest ones.
+        AmbiguousBackbone: several third-party plugins have it.
+    """
+    plugin, spec = _resolve(name)
+    return BackboneInfo(
+        **{f.name: getattr(spec, f.name) for f in fields(BackboneSpec)},
+        canonical_name=plugin.canonical(spec),
+        plugin=plugin.namespace,
+        distribution=plugin.distribution,
+        version=plugin.version,
+    )
+
+
+def plugins() -> list[PluginInfo]:
+    """Every installed plugin, first-party first, and what is wrong with those that do not work."""
+    return [_plugin_info(plugin) for plugin in _plugins()]
+
+
+def build_backbone(name: str, **options: Any) -> "Backbone":
+    """Build a backbone by its bare name, an alias or its canonical id.
+
+    Args:
+        name: what `list_backbones` returns, or an alias.
+        **options: those common to all backbones (`out_indices`, `pretrained`, `in_chans`, ..., see `Backbone`)
+            and the architecture's own. `pretrained` is False, True (the first published weights), a tag, or a path.
+
+    Returns:
+        The model, in training mode, with its `spec` and its `canonical_name`.
+
+    Raises:
+        UnknownBackbone, AmbiguousBackbone: the name does not lead to one backbone.
+        MissingDependency: the backbone needs a package that is not installed.
+        InputError: the architecture has no such option, or cannot work with its value.
+        PluginError: the plugin's entry cannot be imported, or is not what the spec says.
+        WeightsError: the weights cannot be had, or do not fit.
+        Exception: what the model's own constructor raises, with a note of the plugin it came from.
+    """
+    plugin, spec = _resolve(name)
+    return build(plugin, spec, options)
+
+
+def refresh() -> None:
+    """Forget what was read: the next question sees what was installed, or set in the environment, since."""
+    global _read
+    importlib.invalidate_caches()
+    _read = None
+
+
+def register(spec: BackboneSpec) -> str:
+    """Add a backbone for this session, as `local/NAME`; a spec of the same name is replaced.
+
+    In a notebook, `entry="__main__:MyBackbone"` names a class of the notebook itself.
+
+    Returns:
+        The canonical id.
+    """
+    _local.require_spec(spec, "register")
+    _local.names = {name: s for name, s in _local.names.items() if s.name != spec.name}
+    _local.add(spec)
+    return _local.canonical(spec)
+
+
+# --- names --------------------------------------------------------------------------------------------------
+
+
+def _plugins() -> list[Plugin]:
+    """The installed plugins, read if they have not been, and what `register` added."""
+    global _read, _reading
+    with _lock:
+        if _read is None:
+            if _reading:
+                raise PluginError("a plugin asks for backbones while it is being read; do so behind a spec's entry")
+            _reading = True
+            try:
+                _read = read_plugins()
+            finally:
+                _reading = False
+        return [*_read, *([_local] if _local.specs else [])]
+
+
+def _claims(name: str, listed_only: bool = False) -> list[tuple[Plugin, BackboneSpec]]:
+    """Who has a backbone of this name: listed before found, then first-party first; peers share the claim."""
+    namespace, _, bare = name.partition("/") if "/" in name else ("", "", name)
+    plugins = [p for p in _plugins() if namespace in ("", p.namespace)]
+    lookups = [lambda p: p.names.get(bare), lambda p: p.find(bare)]
+    for lookup in lookups[:1] if listed_only else lookups:
+        for first_party in (True, False):
+            claims = [(p, spec) for p in plugins if p.first_party is first_party and (spec := lookup(p))]
+            if claims:
+                return claims
+    return []
+
+
+def _resolve(name: str) -> tuple[Plugin, BackboneSpec]:
+    if not isinstance(name, str):
+        raise InputError(f"the name of a backbone is a string, not {name!r}; `backbones list` shows them")
+    claims = _claims(name)
+    if not claims:
+        raise _unknown(name)
+    if len(claims) > 1:
+        choice = " or ".join(f"{p.canonical(spec)!r} (from {p.distribution or 'this session'})" for p, spec in claims)
+        raise AmbiguousBackbone(f"several plugins have a backbone {name!r}; use {choice}")
+    return claims[0]
+
+
+def _unknown(name: str) -> UnknownBackbone:
+    """The error, with the nearest names and the plugins that failed and might have had it."""
+    plugins = _plugins()
+    names = {n: spec for p in plugins for n, spec in p.names.items()}
+    near = difflib.get_close_matches(name.lower(), [*names, *(f"{p.namespace}/{n}" for p in plugins for n in p.names)])
+    message = f"there is no backbone {name!r}"
+    message += f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
+    model, _, tag = name.partition(".")
+    if model in names and tag in [row.tag for row in names[model].weights]:
+        message += f" Weights are an option of their own: build_backbone({model!r}, pretrained={tag!r})."
+    namespace = name.partition("/")[0] if "/" in name else ""
+    if namespace and namespace not in [p.namespace for p in plugins]:
+        message += f" No plugin has the namespace {namespace!r}."
+    failed = [p for p in plugins if p.errors and namespace in ("", p.namespace)]
+    if failed:
+        owners = ", ".join(f"{p} is {p.status}" for p in failed)
+        message += f" A plugin that was not loaded might have it: {owners}; run `backbones plugins --errors`."
+    return UnknownBackbone(message + " `backbones list` shows every name.")
+
+
+def _plugin_info(plugin: Plugin) -> PluginInfo:
+    errors = list(plugin.errors)
+    for spec in plugin.specs.values() if plugin is not _local else ():
+        try:
+            check_entry(spec)
+        except PluginError as error:
+            errors.append(error)
+    return PluginInfo(
+        namespace=plugin.namespace,
+        distribution=plugin.distribution,
+        version=plugin.version,
+        module=plugin.module,
+        status="broken" if errors and plugin.status == "ok" else plugin.status,
+        backbones=len(plugin.specs),
+        error="\n".join(map(one_line, errors)),
+        traceback="\n".join("".join(traceback.format_exception(error)) for error in errors),
+    )

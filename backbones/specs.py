@@ -1,0 +1,208 @@
+"""What a plugin says about its backbones before any model is imported: plain data, checked when made."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+from .errors import InvalidSpec
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+_ENTRY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+_SOURCES = ("hf-hub:", "https://")
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+
+
+def is_name(value: object) -> bool:
+    """Whether `value` can be a namespace or a backbone's name: letters, digits, `_`, `.` and `-`."""
+    return isinstance(value, str) and _NAME.fullmatch(value) is not None
+
+
+class _Record:
+    """Frozen data whose mappings are read-only, and which still copies, pickles and turns into JSON."""
+
+    def __reduce__(self):
+        # Models carry their spec and are deep-copied (EMA) and pickled (DDP); a MappingProxyType can be neither.
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return partial(type(self), **{k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}), ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything in the record as plain dicts, lists, strings and numbers."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+    def _require(self, valid: bool, name: str, remedy: str) -> None:
+        if not valid:
+            owner = getattr(self, fields(self)[0].name)
+            raise InvalidSpec(f"{type(self).__name__} {owner!r}: {name}={getattr(self, name)!r} is wrong; {remedy}")
+
+    def _freeze(self, *names: str) -> None:
+        """Turn lists into tuples and dicts into read-only views."""
+        for name in names:
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+            elif isinstance(value, Mapping):
+                object.__setattr__(self, name, MappingProxyType(dict(value)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights(_Record):
+    """One published set of weights.
+
+    Args:
+        tag: what `build_backbone(name, pretrained=tag)` asks for.
+        source: `hf-hub:ORGANISATION/REPOSITORY` or an `https://` address of a .pth or .safetensors file.
+        layout: who named the keys: `timm`, `torchvision` or the family's official release.
+        input_size: channels, height and width of the images it was trained on.
+        mean, std: per channel, of images scaled to 0..1.
+        interpolation: how the training images were resized.
+        license: SPDX identifier or the licence's name.
+        metrics: published results, such as `{"imagenet_top1": 78.7}`.
+
+    Raises:
+        InvalidSpec: a field contradicts the above.
+    """
+
+    tag: str
+    source: str
+    layout: str = "timm"
+    input_size: tuple[int, int, int] = (3, 224, 224)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: str = "bicubic"
+    license: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        self._freeze("input_size", "mean", "std", "metrics")
+        self._require(is_name(self.tag), "tag", "use letters, digits, '_', '.' and '-'")
+        self._require(
+            isinstance(self.source, str) and self.source.startswith(_SOURCES),
+            "source",
+            "start it with " + " or ".join(repr(s) for s in _SOURCES),
+        )
+        self._require(isinstance(self.layout, str) and self.layout != "", "layout", "name the key layout")
+        self._require(
+            _positive_integers(self.input_size) and len(self.input_size) == 3,
+            "input_size",
+            "give (channels, height, width)",
+        )
+        for name in ("mean", "std"):
+            numbers = isinstance(getattr(self, name), tuple) and len(getattr(self, name)) == self.input_size[0]
+            self._require(numbers, name, f"give {self.input_size[0]} numbers, one per input channel")
+        self._require(
+            self.interpolation in _INTERPOLATIONS, "interpolation", f"use one of {', '.join(_INTERPOLATIONS)}"
+        )
+        self._require(isinstance(self.license, str), "license", "give a string")
+        self._require(isinstance(self.metrics, Mapping), "metrics", "give a mapping of metric to value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneSpec(_Record):
+    """One backbone that a plugin offers, described without importing it.
+
+    Args:
+        name: bare name, such as `pvt_v2_b2`; the plugin's namespace comes before it in the canonical id.
+        family: what variants of one architecture share, such as `pvt_v2`.
+        entry: `module:callable` that returns a `Backbone` when called with the options; a class as a rule.
+        channels: channels of each map of the full pyramid.
+        strides: input pixels per map pixel, ascending, one for each entry of `channels`.
+        defaults: options given to `entry` unless the user gives them.
+        weights: published weights; the first is what `pretrained=True` loads.
+        aliases: other names for the same thing, such as timm's and torchvision's.
+        params: parameters of the published model, in millions.
+        summary: one line for people.
+        paper: address of the paper.
+        license: licence of the code, as an SPDX identifier.
+        requires: requirements beyond the plugin's own install, as pip takes them (`"einops>=0.7"`).
+
+    Raises:
+        InvalidSpec: a field contradicts the above.
+    """
+
+    name: str
+    family: str
+    entry: str
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    weights: tuple[Weights, ...] = ()
+    aliases: tuple[str, ...] = ()
+    params: float | None = None
+    summary: str = ""
+    paper: str = ""
+    license: str = ""
+    requires: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._freeze("channels", "strides", "defaults", "weights", "aliases", "requires")
+        self._require(is_name(self.name), "name", "use letters, digits, '_', '.' and '-'")
+        self._require(is_name(self.family), "family", "use letters, digits, '_', '.' and '-'")
+        entry = isinstance(self.entry, str) and _ENTRY.fullmatch(self.entry)
+        self._require(bool(entry), "entry", "write it as 'package.module:callable'")
+        self._require(_positive_integers(self.channels), "channels", "give one positive integer per map")
+        self._require(_positive_integers(self.strides), "strides", "give one positive integer per map")
+        self._require(len(self.strides) == len(self.channels), "strides", f"give as many as channels={self.channels}")
+        ascending = all(a < b for a, b in zip(self.strides, self.strides[1:], strict=False))
+        self._require(ascending, "strides", "put the finest map first")
+        self._require(
+            isinstance(self.defaults, Mapping) and all(isinstance(k, str) for k in self.defaults),
+            "defaults",
+            "give a mapping of option name to value",
+        )
+        weights = isinstance(self.weights, tuple) and all(isinstance(w, Weights) for w in self.weights)
+        self._require(weights, "weights", "give a tuple of Weights")
+        tags = [w.tag for w in self.weights]
+        self._require(len(set(tags)) == len(tags), "weights", "give each tag once")
+        aliases = isinstance(self.aliases, tuple) and all(is_name(a) for a in self.aliases)
+        self._require(aliases, "aliases", "give a tuple of names")
+        number = isinstance(self.params, (int, float)) and self.params > 0
+        self._require(self.params is None or number, "params", "give millions of parameters, or leave it out")
+        for name in ("summary", "paper", "license"):
+            self._require(isinstance(getattr(self, name), str), name, "give a string")
+        self._require(
+            isinstance(self.requires, tuple) and all(_is_requirement(r) for r in self.requires),
+            "requires",
+            "give a tuple of requirements as pip takes them, such as ('einops>=0.7',)",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneInfo(BackboneSpec):
+    """A `BackboneSpec` together with who provides it.
+
+    Args:
+        canonical_name: `namespace/name`; means this backbone whatever else is installed.
+        plugin: namespace of the plugin.
+        distribution: what to `pip install` to have it; empty for `register`ed specs.
+        version: the distribution's installed version.
+    """
+
+    canonical_name: str
+    plugin: str
+    distribution: str
+    version: str
+
+
+def _positive_integers(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) > 0 and all(type(v) is int and v > 0 for v in value)
+
+
+def _is_requirement(text: object) -> bool:
+    from packaging.requirements import InvalidRequirement, Requirement  # few specs have any: not for every `list`
+
+    try:
+        Requirement(text)
+    except (InvalidRequirement, TypeError):
+        return False
+    return True
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, _Record):
+        return value.as_dict()
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
