@@ -62,6 +62,8 @@ class Backbone(nn.Module, metaclass=_Finished):
 
     #: Key layouts of published checkpoints, tried beside the model's own names; the best fit wins.
     key_layouts: ClassVar[tuple[KeyLayout, ...]] = ()
+    #: Whose parameter names the architecture uses, for reports.
+    own_layout: ClassVar[str] = "own"
     #: Parts that published classification checkpoints do not hold, or hold for other classes.
     new_parts: ClassVar[tuple[str, ...]] = ("head", "out_norms")
     #: Strides of the whole network that `output_stride` may ask for.
@@ -165,9 +167,9 @@ class Backbone(nn.Module, metaclass=_Finished):
             for i, norm, stride in zip(self.out_indices, self.out_norms, self.strides, strict=True)
         ]
 
-    def forward_features(self, images: Tensor) -> Sequence[Tensor] | Tensor:
-        """Maps of every index up to the last one asked for; of a classifier, its last map, normed, unpooled."""
-        x = self.stem(images)
+    def forward_features(self, images: Tensor) -> Sequence[Tensor] | Mapping[int, Tensor] | Tensor:
+        """Maps by index, those asked for at least; of a classifier, its last map, normed and unpooled."""
+        x = self.stem(pad_to_multiple(images, self.size_divisor))  # also right when called on its own
         maps = []
         for stage in self.stages:
             x = self._run(stage, x)

@@ -105,7 +105,7 @@ class BackboneSpec(_Record):
 
     Args:
         name: bare name, such as `pvt_v2_b2`; the plugin's namespace comes before it in the canonical id.
-        family: what variants of one architecture share, such as `pvt_v2`.
+        family: what variants of one architecture share, such as `PVTv2`.
         entry: `module:callable` that returns a `Backbone` when called with the options; a class as a rule.
         channels: channels of each map of the full pyramid.
         strides: input pixels per map pixel, ascending, one for each entry of `channels`.
@@ -139,7 +139,7 @@ class BackboneSpec(_Record):
     def __post_init__(self) -> None:
         self._freeze("channels", "strides", "defaults", "weights", "aliases", "requires")
         self._require(is_name(self.name), "name", "use letters, digits, '_', '.' and '-'")
-        self._require(is_name(self.family), "family", "use letters, digits, '_', '.' and '-'")
+        self._require(isinstance(self.family, str) and self.family != "", "family", "name the architecture")
         entry = isinstance(self.entry, str) and _ENTRY.fullmatch(self.entry)
         self._require(bool(entry), "entry", "write it as 'package.module:callable'")
         self._require(_positive_integers(self.channels), "channels", "give one positive integer per map")

@@ -128,7 +128,7 @@ def load_weights(model: "Backbone", source: str | os.PathLike | Mapping[str, Ten
     state = _state_dict(source if isinstance(source, Mapping) else read_checkpoint(source))
     own = model.state_dict()
     report = LoadReport(source="state dict" if isinstance(source, Mapping) else str(source))
-    state, report.layout, report.prefix = _recognise(state, own, model.key_layouts)
+    state, report.layout, report.prefix = _recognise(state, own, (KeyLayout(model.own_layout), *model.key_layouts))
 
     fitting = {}
     for name, value in state.items():
@@ -218,7 +218,7 @@ def _recognise(
     best = (-1, state, "own", "")
     for prefix, _ in prefixes.most_common(16):
         inner = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-        for layout in (KeyLayout("own"), *layouts):
+        for layout in layouts:
             converted = layout.convert(inner)
             matched = sum(name in own for name in converted)
             if matched > best[0]:

@@ -1,7 +1,7 @@
 """The toolkit for plugin authors: what more than one architecture needs."""
 
 from .attention import Attention, attend
-from .blocks import Blocks, residual
+from .blocks import Blocks, residual, run_blocks
 from .cache import TableCache
 from .linear import Linear, Mlp, gelu, init_linear
 from .norm import layer_norm_2d
@@ -21,6 +21,7 @@ __all__ = [
     "layer_norm_2d",
     "pad_to_multiple",
     "residual",
+    "run_blocks",
     "window_partition",
     "window_unpartition",
 ]

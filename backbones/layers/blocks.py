@@ -1,20 +1,26 @@
-"""Sequences of residual blocks."""
+"""Residual blocks and how they run in turn."""
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-class Blocks(nn.Sequential):
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, checkpointing: bool = False) -> Tensor:
     """Blocks in turn; with `checkpointing`, each one's activations are recomputed in the backward pass."""
+    for block in blocks:
+        x = checkpoint(block, x, use_reentrant=False) if checkpointing and torch.is_grad_enabled() else block(x)
+    return x
+
+
+class Blocks(nn.Sequential):
+    """`run_blocks` as a module; a `Backbone` sets its `checkpointing`."""
 
     checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        recompute = self.checkpointing and self.training and torch.is_grad_enabled()
-        for block in self:
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
-        return x
+        return run_blocks(self, x, self.checkpointing and self.training)
 
 
 def residual(x: Tensor, update: Tensor) -> Tensor:

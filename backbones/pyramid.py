@@ -1,0 +1,67 @@
+"""From maps of one stride to a pyramid: how a plain ViT serves dense heads."""
+
+import math
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import layer_norm_2d
+
+
+class Pyramid(nn.Module):
+    """Brings maps of one stride to several strides, one level each.
+
+    A level finer than its map is up-sampled by 2x2 transposed convolutions, a coarser one by max-pooling;
+    where the strides' ratio is no power of two, the nearest power is followed by bilinear interpolation.
+
+    With `halve`, each up-sampling halves the width and LayerNorms stand between: the simple pyramid of
+    ViTDet (Li et al., https://arxiv.org/abs/2203.16527). Without, widths stay and BatchNorms stand between,
+    as in the dense-prediction code of BEiT.
+
+    Args:
+        dim: width of the maps.
+        stride: pixels per cell of the maps.
+        out_strides: pixels per cell of each level.
+        halve: see above.
+    """
+
+    def __init__(self, dim: int, stride: int, out_strides: Sequence[int], halve: bool = True):
+        super().__init__()
+        self.stride = stride
+        self.out_strides = tuple(out_strides)
+        self.levels = nn.ModuleList(_level(dim, _doublings(stride, s), halve) for s in out_strides)
+
+    @staticmethod
+    def channels(dim: int, stride: int, out_strides: Sequence[int], halve: bool = True) -> tuple[int, ...]:
+        """Widths of the levels that a pyramid of these arguments has."""
+        return tuple(dim >> max(0, _doublings(stride, s)) if halve else dim for s in out_strides)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """One map (B, dim, h, w) per level in, one map per level out."""
+        return [
+            self._exact(level(x), x, out_stride)
+            for level, x, out_stride in zip(self.levels, maps, self.out_strides, strict=True)
+        ]
+
+    def _exact(self, y: Tensor, x: Tensor, out_stride: int) -> Tensor:
+        if self.stride == out_stride * 2.0 ** _doublings(self.stride, out_stride):
+            return y
+        height, width = (-(-side * self.stride // out_stride) for side in x.shape[-2:])
+        return F.interpolate(y, size=(height, width), mode="bilinear")
+
+
+def _doublings(stride: int, out_stride: int) -> int:
+    """How often to double a map's sides to come nearest to the stride asked for; negative to halve them."""
+    return round(math.log2(stride / out_stride))
+
+
+def _level(dim: int, doublings: int, halve: bool) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.MaxPool2d(2, ceil_mode=True) for _ in range(-doublings)]
+    for step in range(doublings):
+        width = dim // 2 if halve else dim
+        layers.append(nn.ConvTranspose2d(dim, width, kernel_size=2, stride=2))
+        if step < doublings - 1:
+            layers += [layer_norm_2d(width) if halve else nn.BatchNorm2d(width), nn.GELU()]
+        dim = width
+    return nn.Sequential(*layers)

@@ -1,0 +1,361 @@
+"""Vision Transformer, DeiT and their pyramids.
+
+ViT: Dosovitskiy et al., https://arxiv.org/abs/2010.11929. DeiT: Touvron et al., https://arxiv.org/abs/2012.12877.
+DeiT III: Touvron et al., https://arxiv.org/abs/2204.07118. Windows and simple pyramid: ViTDet, Li et al.,
+https://arxiv.org/abs/2203.16527. Convolutional stem: Xiao et al., https://arxiv.org/abs/2106.14881.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from timm.layers import DropPath, LayerScale, resample_abs_pos_embed, to_2tuple
+from torch import Tensor, nn
+
+from backbones.backbone import Backbone
+from backbones.errors import InputError, WeightsError
+from backbones.layers import (
+    Attention,
+    Linear,
+    Mlp,
+    TableCache,
+    init_linear,
+    pad_to_multiple,
+    residual,
+    run_blocks,
+    window_partition,
+    window_unpartition,
+)
+from backbones.pyramid import Pyramid
+from backbones.weights import KeyLayout
+
+STRIDES = (4, 8, 16, 32)
+
+TORCHVISION = KeyLayout(
+    "torchvision",
+    (
+        (r"^class_token$", "cls_token"),
+        (r"^conv_proj\.conv_bn_relu_(\d+)\.", r"patch_embed.convs.\1."),
+        (r"^conv_proj\.(conv_last\.)?", "patch_embed.proj."),
+        (r"^encoder\.pos_embedding$", "pos_embed"),
+        (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."),
+        (r"\.ln_([12])\.", r".norm\1."),
+        (r"\.self_attention\.in_proj_", ".attn.qkv."),
+        (r"\.self_attention\.out_proj\.", ".attn.proj."),
+        (r"\.mlp\.(0|linear_1)\.", ".mlp.fc1."),
+        (r"\.mlp\.(3|linear_2)\.", ".mlp.fc2."),
+        (r"^encoder\.ln\.", "norm."),
+        (r"^heads\.head\.", "head."),
+        (r"^heads\.pre_logits\.", "pre_logits.fc."),
+    ),
+)
+
+
+class VisionTransformer(Backbone):
+    """A plain transformer over image patches, with a pyramid of feature maps for dense tasks.
+
+    Args:
+        dim: width.
+        depth: number of blocks.
+        heads: attention heads per block.
+        patch_size: side of a patch, in pixels.
+        img_size: side, or (height, width), of the images that the position table was made for; other sizes
+            are served by interpolating it at run time.
+        mlp_ratio: hidden width of the MLPs over `dim`.
+        class_token: whether there is a class token.
+        distilled: adds DeiT's distillation token and second head; in training, logits come as a pair.
+        reg_tokens: number of register tokens.
+        no_embed_class: keep positions off the class and register tokens (DeiT III).
+        init_values: start of the layer scale; None for no layer scale.
+        conv_stem: widths of 3x3 convolutions of stride 2, or pairs (width, stride), that replace the patch
+            projection together with a last 1x1; strides multiply to `patch_size`.
+        representation_size: width of a tanh layer before the classifier.
+        pyramid: "simple" (ViTDet: all levels from the last block), "taps" (BEiT: each level from a block of its
+            own) or "plain" (the one map of the patches' stride).
+        taps: for "taps", the four blocks, counted from 1, whose outputs the levels take; a third, half, two
+            thirds and all of the depth unless given.
+        window_size: side, in patches, of the windows that all but the global blocks attend in; 0 for none.
+            Class, distillation and register tokens have no window and are left out then, as in ViTDet.
+        global_blocks: with `window_size`, the blocks, counted from 0, that attend globally; the last of each
+            quarter of the depth unless given.
+        global_pool: of the classifier: "token", "avg", or "both" (their concatenation).
+        **options: those of `backbones.Backbone`; `out_norm=True` applies the final norm before the pyramid.
+    """
+
+    key_layouts = (TORCHVISION,)
+    own_layout = "timm"
+    new_parts = ("head", "head_dist", "fc_norm", "pre_logits", "pyramid", "dist_token")
+    global_pools = ("token", "avg", "both")
+
+    def __init__(
+        self,
+        dim: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        patch_size: int = 16,
+        img_size: int | tuple[int, int] = 224,
+        mlp_ratio: float = 4.0,
+        class_token: bool = True,
+        distilled: bool = False,
+        reg_tokens: int = 0,
+        no_embed_class: bool = False,
+        init_values: float | None = None,
+        conv_stem: Sequence[int | tuple[int, int]] | None = None,
+        representation_size: int | None = None,
+        pyramid: str = "simple",
+        taps: Sequence[int] | None = None,
+        window_size: int = 0,
+        global_blocks: Sequence[int] | None = None,
+        global_pool: str = "token",
+        **options: Any,
+    ):
+        if pyramid not in ("simple", "taps", "plain"):
+            raise InputError(f"pyramid={pyramid!r} is unknown; choose from 'simple', 'taps' and 'plain'")
+        strides = (patch_size,) if pyramid == "plain" else STRIDES
+        super().__init__(
+            channels=Pyramid.channels(dim, patch_size, strides, halve=pyramid == "simple"),
+            strides=strides,
+            global_pool=global_pool,
+            **options,
+        )
+        self.num_features = dim
+        self.size_divisor = patch_size
+        self.pyramid_kind = pyramid
+        self.distilled = distilled
+        self.no_embed_class = no_embed_class
+        self.representation_size = representation_size
+
+        taps = tuple(taps) if taps else tuple(round(depth * share) for share in (1 / 3, 1 / 2, 2 / 3, 1))
+        if len(taps) != 4 or list(taps) != sorted(taps) or not 1 <= taps[0] <= taps[-1] <= depth:
+            raise InputError(f"taps={taps} must be four ascending blocks from 1 to {depth}")
+        self.taps = taps if pyramid == "taps" and self.features_only else (depth,) * len(strides)
+        quarters = tuple(math.ceil(depth * n / 4) for n in (1, 2, 3, 4))
+        self.quarters = quarters
+        global_blocks = tuple(q - 1 for q in quarters) if global_blocks is None else tuple(global_blocks)
+        if any(not 0 <= i < depth for i in global_blocks):
+            raise InputError(f"global_blocks={global_blocks} are out of range; blocks count from 0 to {depth - 1}")
+        if window_size and not self.features_only:
+            raise InputError(
+                f"window_size={window_size} leaves out the class token and serves feature maps only; "
+                "build the classifier with window_size=0"
+            )
+        if not class_token and not self.features_only and global_pool != "avg":
+            raise InputError(f"global_pool={global_pool!r} needs class_token=True; use global_pool='avg'")
+
+        self.patch_embed = PatchEmbed(self.in_chans, dim, patch_size, conv_stem)
+        self.grid = tuple(side // patch_size for side in to_2tuple(img_size))
+        if min(self.grid) < 1:
+            raise InputError(f"img_size={img_size} is smaller than a patch of {patch_size}")
+        prefixed = not window_size
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if class_token and prefixed else None
+        self.dist_token = nn.Parameter(torch.empty(1, 1, dim)) if distilled and prefixed else None
+        self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, dim)) if reg_tokens and prefixed else None
+        self.prefix = [t for t in ("cls_token", "dist_token", "reg_token") if getattr(self, t) is not None]
+        self.prefix_tokens = sum(getattr(self, t).shape[1] for t in self.prefix)
+        self.embedded_prefix = 0 if no_embed_class else self.prefix_tokens
+        self.pos_embed = nn.Parameter(torch.empty(1, self.embedded_prefix + math.prod(self.grid), dim))
+        self._positions = TableCache()
+
+        drop_path = self.drop_path_rates([depth])[0]
+        self.blocks = nn.ModuleList(
+            Block(
+                dim,
+                heads,
+                mlp_ratio,
+                init_values,
+                drop_path[i],
+                window=0 if i in global_blocks else window_size,
+            )
+            for i in range(self.taps[self.out_indices[-1]])
+        )
+        if self.features_only:
+            if self.out_norm:
+                self.norm = nn.LayerNorm(dim, eps=1e-6)
+            if pyramid != "plain":
+                self.pyramid = Pyramid(dim, patch_size, self.strides, halve=pyramid == "simple")
+        self.apply(init_linear)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for token in self.prefix:
+            nn.init.normal_(getattr(self, token), std=1e-6 if token == "cls_token" else 0.02)
+
+    def forward_features(self, images: Tensor) -> list[Tensor] | Tensor:
+        """Maps by index; of a classifier, the normed tokens (B, prefix tokens + patches, dim)."""
+        x = self.patch_embed(pad_to_multiple(images, self.size_divisor))  # (B, h, w, dim)
+        height, width = x.shape[1:3]
+        x = self._embed(x)
+        if not self.features_only:
+            return self.norm(run_blocks(self.blocks, x, self.checkpointing and self.training))
+
+        wanted = {self.taps[i]: None for i in self.out_indices}
+        start = 0
+        for end in wanted:
+            x = run_blocks(self.blocks[start:end], x, self.checkpointing and self.training)
+            patches = self.norm(x) if self.out_norm else x
+            if self.prefix_tokens:
+                patches = patches[:, self.prefix_tokens :]
+            wanted[end] = patches.reshape(len(x), height, width, -1).permute(0, 3, 1, 2)
+            start = end
+        maps = [wanted[self.taps[i]] for i in self.out_indices]
+        return dict(zip(self.out_indices, maps if self.pyramid_kind == "plain" else self.pyramid(maps), strict=True))
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits (B, num_classes) of tokens; of a distilled model in training, the pair of both heads."""
+        if self.distilled:
+            pair = [self._drop(features[:, i]) for i in (0, 1)]
+            if not pre_logits:
+                pair = [self.head(pair[0]), self.head_dist(pair[1])]
+                if self.training:
+                    return tuple(pair)
+            return (pair[0] + pair[1]) / 2
+        parts = []
+        if self.global_pool in ("token", "both"):
+            parts.append(features[:, 0])
+        if self.global_pool in ("avg", "both"):
+            parts.append(features[:, self.prefix_tokens :].mean(1))
+        x = self._drop(self.pre_logits(self.fc_norm(torch.cat(parts, -1))))
+        return x if pre_logits else self.head(x)
+
+    def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
+        return {
+            "stem": r"^cls_token|dist_token|reg_token|pos_embed|patch_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed", *self.prefix}
+
+    def freezable(self) -> list[list[nn.Module | nn.Parameter]]:
+        """The stem with tokens and positions, then the blocks in quarters."""
+        stem = [self.patch_embed, self.pos_embed, *(getattr(self, t) for t in self.prefix)]
+        bounds = [0, *self.quarters]
+        return [stem, *(list(self.blocks[a:b]) for a, b in pairwise(bounds))]
+
+    def make_norm(self) -> nn.Module:
+        return nn.LayerNorm(self.num_features, eps=1e-6)
+
+    def make_out_norm(self, channels: int) -> nn.Module:
+        return nn.Identity()  # the final norm stands before the pyramid
+
+    def adapt_table(self, name: str, value: Tensor, checkpoint: Mapping[str, Tensor]) -> Tensor:
+        """The position table of a checkpoint, resized to this model's grid, with this model's prefix rows."""
+        if name != "pos_embed" or value.ndim != 3 or value.shape[-1] != self.num_features:
+            return value
+        rows = value.shape[1]
+        tokens = sum(checkpoint[t].shape[1] for t in ("cls_token", "dist_token", "reg_token") if t in checkpoint)
+        for prefix in (tokens, 0):
+            side = math.isqrt(max(0, rows - prefix))
+            grid = self.grid if rows - prefix == math.prod(self.grid) else (side, side)
+            if rows - prefix == math.prod(grid):
+                break
+        else:
+            raise WeightsError(
+                f"pos_embed has {rows} rows, which is neither a square grid nor the model's {self.grid}; build the "
+                "model with the img_size=(height, width) that the checkpoint was trained at"
+            )
+        patches = resample_abs_pos_embed(value[:, prefix:], self.grid, grid, num_prefix_tokens=0)
+        kept = value[:, : min(prefix, self.embedded_prefix)]
+        fresh = value.new_zeros(1, self.embedded_prefix - kept.shape[1], value.shape[-1])
+        return torch.cat((kept, fresh, patches), dim=1)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """Patches (B, h, w, dim) with positions and prefix tokens: (B, tokens, dim); windowed models stay 4-D."""
+        batch, height, width, _ = x.shape
+        resample = partial(
+            resample_abs_pos_embed, self.pos_embed, (height, width), self.grid, num_prefix_tokens=self.embedded_prefix
+        )
+        positions = self._positions.get((height, width), self.pos_embed, resample)
+        if not self.prefix:
+            return x + positions.reshape(1, height, width, -1)
+        x = x.flatten(1, 2)
+        tokens = [getattr(self, t) for t in self.prefix]
+        if self.no_embed_class:
+            x = x + positions
+        else:
+            tokens = [torch.cat(tokens, dim=1) + positions[:, : self.prefix_tokens]]
+            x = x + positions[:, self.prefix_tokens :]
+        return torch.cat([*(t.expand(batch, -1, -1) for t in tokens), x], dim=1)
+
+    def _make_head(self) -> None:
+        dim, pool, size = self.num_features, self.global_pool, self.representation_size
+        # Averages are normed after pooling, as in timm; a class token before.
+        norm = self.norm if isinstance(self.norm, nn.LayerNorm) else self.fc_norm
+        self.norm, self.fc_norm = (nn.Identity(), norm) if pool == "avg" else (norm, nn.Identity())
+        width = 2 * dim if pool == "both" else dim
+        if size:
+            if not hasattr(self, "pre_logits") or self.pre_logits.fc.in_features != width:
+                fc = Linear(width, size)
+                init_linear(fc)
+                self.pre_logits = nn.Sequential(OrderedDict(fc=fc, act=nn.Tanh()))
+            width = size
+        else:
+            self.pre_logits = nn.Identity()
+        self.head = self._classifier(width)
+        if self.distilled:
+            self.head_dist = self._classifier(width)
+
+    def _classifier(self, width: int) -> nn.Module:
+        if not self.num_classes:
+            return nn.Identity()
+        head = Linear(width, self.num_classes)
+        init_linear(head)
+        return head
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.drop_rate, self.training)
+
+
+class PatchEmbed(nn.Module):
+    """Images (B, C, H, W) to patches (B, H / patch_size, W / patch_size, dim)."""
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int, conv_stem: Sequence[int | tuple[int, int]] | None):
+        super().__init__()
+        self.convs = nn.Sequential()
+        if not conv_stem:
+            self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
+            return
+        steps = [step if isinstance(step, Sequence) else (step, 2) for step in conv_stem]
+        if math.prod(stride for _, stride in steps) != patch_size:
+            raise InputError(f"conv_stem={conv_stem}: strides must multiply to patch_size={patch_size}")
+        for width, stride in steps:
+            conv = nn.Conv2d(in_chans, width, 3, stride, 1, bias=False)
+            self.convs.append(nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU()))
+            in_chans = width
+        self.proj = nn.Conv2d(in_chans, dim, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(self.convs(images)).permute(0, 2, 3, 1)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, on tokens (B, N, dim) or, without prefix tokens, maps (B, h, w, dim)."""
+
+    def __init__(
+        self, dim: int, heads: int, mlp_ratio: float, init_values: float | None, drop_path: float, window: int
+    ):
+        super().__init__()
+        self.window = window
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.ls1 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
+        self.ls2 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = residual(x, self.drop_path(self.ls1(self.attend(self.norm1(x)))))
+        return residual(x, self.drop_path(self.ls2(self.mlp(self.norm2(x)))))
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Attention among all tokens or, in maps larger than a window, within windows."""
+        if x.ndim == 3:
+            return self.attn(x)
+        height, width = x.shape[1:3]
+        if not self.window or max(height, width) <= self.window:
+            return self.attn(x.flatten(1, 2)).reshape(x.shape)
+        windows = self.attn(window_partition(x, self.window))
+        return window_unpartition(windows, self.window, height, width)
