@@ -2,6 +2,8 @@
 
 import os
 import re
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -94,7 +96,8 @@ def read_plugins() -> list[Plugin]:
         else:
             try:
                 _check_namespace(plugin, plugins)
-                _load(plugin, entry_point)
+                with redirect_stdout(sys.stderr):  # what a plugin prints must not end up in `list --json`
+                    _load(plugin, entry_point)
             except Failure as error:
                 plugin.specs, plugin.names = {}, {}
                 plugin.fail(error)

@@ -192,10 +192,11 @@ def _unknown(name: str) -> UnknownBackbone:
     names = {n: spec for p in plugins for n, spec in p.names.items()}
     near = difflib.get_close_matches(name.lower(), [*names, *(f"{p.namespace}/{n}" for p in plugins for n in p.names)])
     message = f"there is no backbone {name!r}"
-    message += f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
     model, _, tag = name.partition(".")
-    if model in names and tag in [row.tag for row in names[model].weights]:
-        message += f" Weights are an option of their own: build_backbone({model!r}, pretrained={tag!r})."
+    if model in names and tag in [row.tag for row in names[model].weights]:  # timm writes both in one name
+        message += f"; weights are an option of their own: build_backbone({model!r}, pretrained={tag!r})."
+    else:
+        message += f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
     namespace = name.partition("/")[0] if "/" in name else ""
     if namespace and namespace not in [p.namespace for p in plugins]:
         message += f" No plugin has the namespace {namespace!r}."

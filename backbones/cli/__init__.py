@@ -1,0 +1,73 @@
+"""`backbones COMMAND`: each command is a module here, or an entry point of the group `backbones.commands`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+
+from backbones.errors import BackboneError, PluginError
+
+# Help lines stand here so that `backbones --help` imports no command.
+COMMANDS = {
+    "list": "the backbones that are installed",
+    "info": "everything about one backbone",
+    "plugins": "where backbones come from, and which plugins do not work",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 2 for an error that the user can mend, printed in one line."""
+    try:
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BackboneError as error:
+        print(f"backbones: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `| head` has seen enough; keep Python from complaining as it flushes on exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+    return code
+
+
+def _dispatch(argv: list[str]) -> int:
+    command = argv[0] if argv else "--help"
+    if command in COMMANDS:
+        module = import_module(f".{command}", __name__)
+        parser = argparse.ArgumentParser(prog=f"backbones {command}", description=module.__doc__)
+        module.add_arguments(parser)
+        return module.run(parser.parse_args(argv[1:]))
+    others = _other_commands()
+    if command in others:
+        return _load(others[command])(argv[1:]) or 0
+    parser = argparse.ArgumentParser(prog="backbones", description="Vision backbones for dense tasks, as plugins.")
+    parser.add_argument("--version", action="store_true", help="print the installed version")
+    choices = parser.add_subparsers(metavar="COMMAND", title="commands (backbones COMMAND --help tells more)")
+    for name, summary in COMMANDS.items():
+        choices.add_parser(name, help=summary)
+    for name, entry_point in others.items():
+        choices.add_parser(name, help=f"from {entry_point.dist.name}")
+    if parser.parse_args([command]).version:
+        from backbones import __version__
+
+        print(f"dense-backbones {__version__}")
+    return 0
+
+
+def _other_commands() -> dict[str, EntryPoint]:
+    """Commands of installed packages; nobody takes over one of dense-backbones."""
+    found = entry_points(group="backbones.commands")
+    found = sorted(found, key=lambda e: (e.dist.name == "dense-backbones", e.dist.name, e.name))
+    return {e.name: e for e in found}  # the last one of a name is kept
+
+
+def _load(entry_point: EntryPoint):
+    try:
+        return entry_point.load()
+    except Exception as error:
+        owner = entry_point.dist.name
+        raise PluginError(
+            f"command {entry_point.name!r} of {owner} cannot be loaded: {type(error).__name__}: {error}; "
+            f"is {owner} installed with all the extras it needs?"
+        ) from error

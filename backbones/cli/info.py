@@ -1,0 +1,46 @@
+"""Show everything that is known about one backbone; an alias will do."""
+
+import argparse
+
+from backbones.registry import backbone_info
+
+from .output import print_json, print_table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", help="a name from `backbones list`, or an alias")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    info = backbone_info(args.name)
+    if args.json:
+        print_json(info.as_dict())
+        return 0
+    print(info.canonical_name + (f": {info.summary}" if info.summary else ""))
+    lines = {
+        "family": info.family,
+        "channels": " ".join(map(str, info.channels)),
+        "strides": " ".join(map(str, info.strides)),
+        "parameters": "" if info.params is None else f"{info.params} M",
+        "aliases": ", ".join(info.aliases),
+        "options": ", ".join(f"{option}={value!r}" for option, value in info.defaults.items()),
+        "entry": info.entry,
+        "plugin": f"{info.plugin} ({info.distribution} {info.version})",
+        "requires": ", ".join(info.requires),
+        "licence": info.license,
+        "paper": info.paper,
+    }
+    for label, text in lines.items():
+        if text:
+            print(f"  {label:<11} {text}")
+    if info.weights:
+        print("  weights     for pretrained=; True takes the first")
+        header = ("tag", "input", "metrics", "licence", "source")
+        print_table(header, [_weights_row(row) for row in info.weights], indent=" " * 14)
+    return 0
+
+
+def _weights_row(row):
+    metrics = ", ".join(f"{name} {value}" for name, value in row.metrics.items())
+    return row.tag, "x".join(map(str, row.input_size)), metrics, row.license, row.source

@@ -1,0 +1,29 @@
+"""How commands print: a table for people, JSON for programs."""
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2, default=str))
+
+
+def print_hint(text: str) -> None:
+    """To standard error, after what has been printed so far."""
+    sys.stdout.flush()
+    print(text, file=sys.stderr)
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[object]], indent: str = "") -> None:
+    """Columns as wide as their widest cell; columns whose cells are all numbers are flush right."""
+    table = [header, *rows]
+    right = [
+        all(isinstance(cell, (int, float)) or cell == "" for cell in column[1:]) for column in zip(*table, strict=True)
+    ]
+    texts = [[str(cell) for cell in row] for row in table]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    for row in texts:
+        cells = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True))
+        print((indent + "  ".join(cells)).rstrip())
