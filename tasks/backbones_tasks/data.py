@@ -1,0 +1,277 @@
+"""Images and masks for training: from folders, or drawn on the fly."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from pytorch_lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from . import shapes
+from .folders import Classes, Pair, check_pairs, find_pairs, read_classes
+from .images import read_image, read_mask
+
+PAD_COLOUR = (124, 116, 104)  # ImageNet's mean: zero once normalised
+
+
+@dataclass
+class ShapesOptions:
+    """The data set drawn on the fly.
+
+    size: side of the pictures in pixels. train: pictures per epoch, new ones in every epoch. val: pictures to
+    validate on, always the same; `test` draws as many others.
+    """
+
+    size: int = 96
+    train: int = 1600
+    val: int = 200
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """(epoch, index) pairs in an order that the seed and the epoch alone decide, dealt out over the ranks.
+
+    Carrying the epoch to the data set makes augmentation a function of (seed, epoch, index): the same for any number
+    of workers, and the same after a resume.
+    """
+
+    def __init__(self, length: int, seed: int, rank: int = 0, world_size: int = 1):
+        self.length, self.seed, self.rank, self.world_size, self.epoch = length, seed, rank, world_size, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this as each epoch begins, after a resume too."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.length // self.world_size)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        order = np.resize(order, len(self) * self.world_size)  # repeats a few, so that all ranks get equally many
+        return ((self.epoch, int(i)) for i in order[self.rank :: self.world_size])
+
+
+class EqualSizeBatches(Sampler[list[int]]):
+    """Batches of indices whose images have one size, so that they can be validated whole; dealt out over the ranks."""
+
+    def __init__(self, sizes: list[tuple[int, int]], batch_size: int, rank: int = 0, world_size: int = 1):
+        by_size: dict[tuple[int, int], list[int]] = {}
+        for index, size in enumerate(sizes):
+            by_size.setdefault(size, []).append(index)
+        batches = [same[i : i + batch_size] for same in by_size.values() for i in range(0, len(same), batch_size)]
+        self.batches = batches[rank::world_size]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+
+class FolderDataset(Dataset):
+    """Pairs from disk as (image, mask): (3, H, W) float32 in [0, 1] and (H, W) int64 class indices.
+
+    With `augment`, indices are the (epoch, index) pairs of `EpochSampler`.
+    """
+
+    def __init__(self, pairs: list[Pair], classes: Classes, augment: v2.Transform | None = None, seed: int = 0):
+        self.pairs, self.classes, self.augment, self.seed = pairs, classes, augment, seed
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        pair = self.pairs[index]
+        image = tv_tensors.Image(v2.functional.pil_to_tensor(read_image(pair.image)))
+        mask = tv_tensors.Mask(torch.from_numpy(self.classes.indices(read_mask(pair.mask))))
+        if self.augment is not None:
+            with torch.random.fork_rng(devices=[]):  # transforms draw from the global generator
+                torch.default_generator.manual_seed(mix(self.seed, epoch, index))
+                image, mask = self.augment(image, mask)
+        return image.as_subclass(torch.Tensor).float() / 255, mask.as_subclass(torch.Tensor).long()
+
+
+class ShapesDataset(Dataset):
+    """Scenes of `shapes.draw_scene` as (image, mask), like `FolderDataset`; each split has seeds of its own."""
+
+    def __init__(self, length: int, size: int, split: str, seed: int = 0):
+        self.length, self.size, self.seed = length, size, (seed, ("train", "val", "test").index(split))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        if not isinstance(key, tuple):
+            key = (0, key)
+        scene = shapes.draw_scene((*self.seed, *key), self.size)
+        image = torch.from_numpy(scene.image).permute(2, 0, 1).float() / 255
+        return image, torch.from_numpy(scene.mask).long()
+
+
+def mix(*numbers: int) -> int:
+    """One seed from several numbers; neighbours give unrelated seeds."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+class RandomScale(v2.Transform):
+    """Resize by a factor drawn log-uniformly from `scale`."""
+
+    def __init__(self, scale: tuple[float, float]):
+        super().__init__()
+        self.scale = scale
+
+    def make_params(self, flat_inputs: list) -> dict:
+        low, high = np.log(self.scale)
+        factor = float(np.exp(low + (high - low) * torch.rand(()).item()))
+        return {"size": [max(1, round(side * factor)) for side in v2.functional.get_size(flat_inputs[0])]}
+
+    def transform(self, inpt, params: dict):
+        return self._call_kernel(v2.functional.resize, inpt, size=params["size"], antialias=True)
+
+
+def augmentation(
+    crop_size: int, scale: tuple[float, float], flip: float, color_jitter: float, ignore_index: int
+) -> v2.Transform:
+    """Random scale, crop (padded where the image is smaller), horizontal flip and colour jitter."""
+    steps: list[v2.Transform] = [
+        RandomScale(scale),
+        v2.RandomCrop(
+            crop_size, pad_if_needed=True, fill={tv_tensors.Image: PAD_COLOUR, tv_tensors.Mask: ignore_index}
+        ),
+        v2.RandomHorizontalFlip(flip),
+    ]
+    if color_jitter:
+        steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter, hue=min(0.5, color_jitter / 4)))
+    return v2.Compose(steps)
+
+
+class SegmentationData(LightningDataModule):
+    """Images and masks from a folder, or drawn shapes where none is given.
+
+    Args:
+        root: a folder with `images/train`, `labels/train`, `images/val`, `labels/val` and, for testing,
+            `images/test`, `labels/test`; or with `images` and `masks` alone. Masks are one-channel PNGs of class
+            values. Class names come from `classes.json` in it, {"classes": [...], "ignore_index": 255}.
+        classes: names of the mask values 0, 1, 2, ..., in place of `classes.json`
+        ignore_index: a mask value that neither trains nor counts; 255 never does
+        batch_size: images per step and device
+        crop_size: side in pixels of the random training crops
+        scale: range of the random resize before the crop
+        flip: probability of a horizontal flip
+        color_jitter: strength of the random brightness, contrast and saturation; a quarter of it for hue; 0 is off
+        val_fraction: share of the images held out where there is no `images/val`
+        split_seed: decides which ones
+        num_workers: processes that prepare batches; by default none for shapes, else one per core but at most 8
+        check: read every file before training starts and name the faulty ones
+        shapes: the data set that is drawn where no root is given
+        seed: decides the order, the augmentation and the drawn shapes
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        classes: list[str] | None = None,
+        ignore_index: int | None = None,
+        batch_size: int = 16,
+        crop_size: int = 320,
+        scale: tuple[float, float] = (0.5, 2.0),
+        flip: float = 0.5,
+        color_jitter: float = 0.3,
+        val_fraction: float = 0.1,
+        split_seed: int = 0,
+        num_workers: int | None = None,
+        check: bool = True,
+        shapes: ShapesOptions = ShapesOptions(),  # noqa: B008  (never changed)
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.root = None if root is None else Path(root).expanduser()
+        self.batch_size, self.check, self.shapes, self.seed = batch_size, check, shapes, seed
+        self.crop_size, self.scale, self.flip, self.color_jitter = crop_size, scale, flip, color_jitter
+        self.val_fraction, self.split_seed = val_fraction, split_seed
+        self.classes = (
+            Classes.make(_SHAPE_CLASSES) if self.root is None else read_classes(self.root, classes, ignore_index)
+        )
+        if num_workers is None:
+            num_workers = 0 if self.root is None else min(8, os.cpu_count() or 1)
+        self.num_workers = num_workers
+        self.datasets: dict[str, Dataset] = {}
+        self.sizes: dict[str, list[tuple[int, int]]] = {}
+
+    @property
+    def class_names(self) -> list[str]:
+        return list(self.classes.names)
+
+    @property
+    def class_ids(self) -> list[int]:
+        """The values of the classes in mask files."""
+        return list(self.classes.ids)
+
+    @property
+    def ignore_index(self) -> int:
+        return self.classes.ignore_index
+
+    def setup(self, stage: str) -> None:
+        """Find, pair and check the files of the splits that the stage needs; `DataError` names the faulty ones."""
+        splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]
+        splits = [split for split in splits if split not in self.datasets]
+        if self.root is None:
+            for split in splits:
+                length = self.shapes.train if split == "train" else self.shapes.val
+                self.datasets[split] = ShapesDataset(length, self.shapes.size, split, self.seed)
+                self.sizes[split] = [(self.shapes.size, self.shapes.size)] * length
+            return
+
+        found, problems = {}, []
+        for split in splits:
+            found[split], more = find_pairs(self.root, split, self.val_fraction, self.split_seed)
+            problems += [problem for problem in more if problem not in problems]
+        every = [pair for split in splits for pair in found[split]]
+        if self.check:
+            checked = dict(zip(every, check_pairs(every, problems, self.classes, self.root), strict=True))
+            found = {split: [checked[pair] for pair in pairs] for split, pairs in found.items()}
+        for split, pairs in found.items():
+            augment = None
+            if split == "train":
+                augment = augmentation(self.crop_size, self.scale, self.flip, self.color_jitter, self.ignore_index)
+            self.datasets[split] = FolderDataset(pairs, self.classes, augment, self.seed)
+            # unchecked images have no known size: each gets a batch to itself
+            self.sizes[split] = [pair.size or (index, -1) for index, pair in enumerate(pairs)]
+
+    def train_dataloader(self) -> DataLoader:
+        dataset = self.datasets["train"]
+        sampler = EpochSampler(len(dataset), self.seed, *self._rank())
+        # a last batch of one image would break batch norm, a smaller one would make the steps uneven
+        return self._loader(
+            dataset, batch_size=self.batch_size, sampler=sampler, drop_last=len(sampler) >= self.batch_size
+        )
+
+    def val_dataloader(self) -> DataLoader:
+        return self._whole_images("val")
+
+    def test_dataloader(self) -> DataLoader:
+        return self._whole_images("test")
+
+    def _whole_images(self, split: str) -> DataLoader:
+        batches = EqualSizeBatches(self.sizes[split], self.batch_size, *self._rank())
+        return self._loader(self.datasets[split], batch_sampler=batches)
+
+    def _rank(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _loader(self, dataset: Dataset, **options) -> DataLoader:
+        return DataLoader(
+            dataset,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )
+
+
+_SHAPE_CLASSES = shapes.CLASSES  # inside SegmentationData the name `shapes` means the options

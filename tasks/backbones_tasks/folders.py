@@ -1,0 +1,205 @@
+"""Folders of images and masks: find the pairs, learn the classes, and check all of it before training starts."""
+
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from backbones.errors import InputError
+
+from .images import IMAGE_SUFFIXES, UNREADABLE, read_image, read_mask
+
+MASK_FOLDERS = ("labels", "masks")
+ALWAYS_IGNORED = 255  # the field's customary value for "no label"
+
+
+class DataError(InputError):
+    """Images or masks on disk that cannot be trained on; the message names the files."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image file, its mask file, and the image's (height, width) once it has been checked."""
+
+    image: Path
+    mask: Path
+    size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes to learn: `names[i]` is class `i` to the model and the value `ids[i]` in mask files.
+
+    ignored: values in mask files that neither train nor count.
+    """
+
+    names: tuple[str, ...]
+    ids: tuple[int, ...]
+    ignored: frozenset[int]
+
+    @classmethod
+    def make(cls, names: Iterable[str], ignore_index: int | None = None) -> "Classes":
+        """Name the mask values 0, 1, 2, ...; `ignore_index` may be one of them, and then is no class."""
+        names = list(names)
+        ignored = frozenset({ALWAYS_IGNORED} if ignore_index is None else {ALWAYS_IGNORED, ignore_index})
+        ids = tuple(i for i in range(len(names)) if i not in ignored)
+        if not ids or not all(isinstance(name, str) for name in names):
+            raise DataError(f"the classes must be a list of at least one name, but are {names}")
+        return cls(tuple(names[i] for i in ids), ids, ignored)
+
+    @property
+    def ignore_index(self) -> int:
+        """The value that stands for 'ignored' once masks are read."""
+        return max(ALWAYS_IGNORED, len(self.names))
+
+    def indices(self, values: np.ndarray) -> np.ndarray:
+        """Turn mask-file values into class indices; ignored and unknown values become `ignore_index`."""
+        table = np.full(max(self.ids) + 2, self.ignore_index)  # the last entry is for all values beyond
+        table[list(self.ids)] = np.arange(len(self.ids))
+        return table[np.where((values < 0) | (values > max(self.ids)), len(table) - 1, values)]
+
+
+def read_classes(root: Path, names: list[str] | None, ignore_index: int | None) -> Classes:
+    """The classes of a folder: as given, or else from its `classes.json`."""
+    if names is not None:
+        return Classes.make(names, ignore_index)
+    file = root / "classes.json"
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder")
+    if not file.is_file():
+        raise DataError(
+            f"{root}: class names are not known. Write {file.name} there, "
+            f'{{"classes": ["background", "cat"], "ignore_index": 255}}, or give --data.classes. '
+            f"The first masks hold the values {_values_seen(root)}."
+        )
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return Classes.make(content["classes"], content.get("ignore_index") if ignore_index is None else ignore_index)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        example = '{"classes": ["background", "cat"], "ignore_index": 255}'
+        raise DataError(f"{file}: expected something like {example}, but: {error!r}") from None
+
+
+def find_pairs(root: Path, split: str, val_fraction: float, split_seed: int) -> tuple[list[Pair], list[str]]:
+    """Pair the images of a split with their masks, by name without suffix.
+
+    `images/SPLIT` and `labels/SPLIT` where there are such folders, `masks` serving as well as `labels`. Otherwise
+    `val` is a random `val_fraction` of the other images and `train` the rest. Returns pairs and problems found.
+    """
+    images = root / "images"
+    masks = next((root / name for name in MASK_FOLDERS if (root / name).is_dir()), None)
+    if not images.is_dir() or masks is None:
+        raise DataError(f"{root}: expected folders 'images' and 'labels' (or 'masks') in it")
+    has_splits = (images / "train").is_dir()
+    if (images / split).is_dir():
+        return _pair_up(images / split, masks / split, root)
+    if split == "test":
+        raise DataError(f"{root}: has no folder images/test; `validate` measures on the validation images")
+    folder = "train" if has_splits else "."
+    pairs, problems = _pair_up(images / folder, masks / folder, root)
+    if (images / "val").is_dir() or not pairs:
+        return pairs, problems
+    order = np.random.default_rng(split_seed).permutation(len(pairs))
+    count = min(max(1, round(val_fraction * len(pairs))), len(pairs) - 1)
+    chosen = order[:count] if split == "val" else order[count:]
+    return [pairs[i] for i in sorted(chosen)], problems
+
+
+def check_pairs(pairs: list[Pair], problems: list[str], classes: Classes, root: Path) -> list[Pair]:
+    """Read every file once, and raise one `DataError` that names what is wrong with which; fills in the sizes."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        checks = pool.map(lambda pair: _check(pair, classes, root), pairs)
+        checked = list(tqdm(checks, "checking files", len(pairs), delay=3, leave=False))
+    problems = problems + [problem for _, found in checked for problem in found]
+    if problems:
+        shown = "".join(f"\n  {problem}" for problem in problems[:10])
+        more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise DataError(
+            f"{root}: {len(problems)} problem{'s'[: len(problems) > 1]} in {len(pairs)} pairs:{shown}{more}"
+        )
+    if not pairs:
+        raise DataError(f"{root}: no image with a mask was found")
+    return [pair for pair, _ in checked]
+
+
+def _pair_up(images: Path, masks: Path, root: Path) -> tuple[list[Pair], list[str]]:
+    problems: list[str] = []
+    image_files = _by_name(images, IMAGE_SUFFIXES, problems, root)
+    mask_files = _by_name(masks, {".png", ".tif", ".tiff", ".bmp"}, problems, root)
+    problems += [
+        f"{file.relative_to(root)}: has no mask {masks.relative_to(root) / name}.png"
+        for name, file in image_files.items()
+        if name not in mask_files
+    ]
+    problems += [
+        f"{file.relative_to(root)}: has no image in {images.relative_to(root)}"
+        for name, file in mask_files.items()
+        if name not in image_files
+    ]
+    names = sorted(image_files.keys() & mask_files.keys())
+    return [Pair(image_files[name], mask_files[name]) for name in names], problems
+
+
+def _by_name(folder: Path, suffixes: set[str], problems: list[str], root: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for file in sorted(folder.rglob("*")):
+        if file.suffix.lower() not in suffixes or file.name.startswith("."):
+            continue
+        name = file.relative_to(folder).with_suffix("").as_posix()
+        if name in found:
+            problems.append(f"{file.relative_to(root)}: {found[name].name} beside it has the same name")
+        found[name] = file
+    return found
+
+
+def _check(pair: Pair, classes: Classes, root: Path) -> tuple[Pair, list[str]]:
+    problems = []
+    size = shape = None
+    try:
+        image = read_image(pair.image)
+        size = (image.height, image.width)
+    except UNREADABLE as error:
+        problems.append(f"{pair.image.relative_to(root)}: cannot be read: {error}")
+    try:
+        mask = read_mask(pair.mask)
+        shape = mask.shape
+        unknown = sorted(set(np.unique(mask).tolist()) - set(classes.ids) - classes.ignored)
+        if unknown:
+            problems.append(
+                f"{pair.mask.relative_to(root)}: unknown class value {', '.join(map(str, unknown[:10]))}; known are "
+                f"{_ranges(classes.ids)}, ignored are {_ranges(sorted(classes.ignored))}"
+            )
+    except UNREADABLE as error:
+        problems.append(f"{pair.mask.relative_to(root)}: cannot be read: {error}")
+    if size and shape and size != shape:
+        problems.append(
+            f"{pair.mask.relative_to(root)}: is {shape[1]} x {shape[0]}, its image is {size[1]} x {size[0]}"
+        )
+    return Pair(pair.image, pair.mask, size), problems
+
+
+def _ranges(values: Iterable[int]) -> str:
+    """'0-10, 12' for 0 to 10 and 12."""
+    runs: list[list[int]] = []
+    for value in values:
+        if runs and value == runs[-1][1] + 1:
+            runs[-1][1] = value
+        else:
+            runs.append([value, value])
+    return ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in runs)
+
+
+def _values_seen(root: Path) -> str:
+    files = [file for name in MASK_FOLDERS for file in sorted((root / name).rglob("*.png"))[:20]]
+    seen: set[int] = set()
+    for file in files:
+        try:
+            seen.update(np.unique(read_mask(file)).tolist())
+        except UNREADABLE:
+            continue  # this only helps to write a message; the check names such files
+    return _ranges(sorted(seen)) or "none"
