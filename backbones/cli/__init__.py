@@ -14,6 +14,7 @@ COMMANDS = {
     "list": "the backbones that are installed",
     "info": "everything about one backbone",
     "plugins": "where backbones come from, and which plugins do not work",
+    "bench": "parameters, GMACs, latency, throughput and peak memory, beside timm's if asked",
 }
 
 

@@ -20,7 +20,7 @@ _INCEPTION = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}  # JAX releases s
 # where it is not 224; the first is what pretrained=True takes
 _VIT = {
     "vit_tiny_patch16": (16, "tiny", 5.72, "augreg_in21k_ft_in1k augreg_in21k_ft_in1k@384 augreg_in21k"),
-    "vit_small_patch8": (8, "small", 21.67, "dino"),
+    "vit_small_patch8": (8, "small", 22.06, "dino"),
     "vit_small_patch16": (
         16,
         "small",
