@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from . import shapes
 from .folders import Classes, Pair, check_pairs, find_pairs, read_classes
 from .images import read_image, read_mask
+from .shapes import CLASSES as SHAPE_CLASSES
+from .shapes import draw_scene
 
 PAD_COLOUR = (124, 116, 104)  # ImageNet's mean: zero once normalised
 
@@ -108,7 +109,7 @@ class ShapesDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         if not isinstance(key, tuple):
             key = (0, key)
-        scene = shapes.draw_scene((*self.seed, *key), self.size)
+        scene = draw_scene((*self.seed, *key), self.size)
         image = torch.from_numpy(scene.image).permute(2, 0, 1).float() / 255
         return image, torch.from_numpy(scene.mask).long()
 
@@ -195,7 +196,7 @@ class SegmentationData(LightningDataModule):
         self.crop_size, self.scale, self.flip, self.color_jitter = crop_size, scale, flip, color_jitter
         self.val_fraction, self.split_seed = val_fraction, split_seed
         self.classes = (
-            Classes.make(_SHAPE_CLASSES) if self.root is None else read_classes(self.root, classes, ignore_index)
+            Classes.make(SHAPE_CLASSES) if self.root is None else read_classes(self.root, classes, ignore_index)
         )
         if num_workers is None:
             num_workers = 0 if self.root is None else min(8, os.cpu_count() or 1)
@@ -272,6 +273,3 @@ class SegmentationData(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             **options,
         )
-
-
-_SHAPE_CLASSES = shapes.CLASSES  # inside SegmentationData the name `shapes` means the options

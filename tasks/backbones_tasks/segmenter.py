@@ -1,0 +1,232 @@
+"""Segmentation models: any backbone under any decoder of segmentation-models-pytorch."""
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import segmentation_models_pytorch as smp
+import torch
+from segmentation_models_pytorch.encoders._base import EncoderMixin
+from torch import nn
+from torch.nn import functional as F
+from torchvision.models.segmentation.fcn import FCNHead
+
+from backbones import build_backbone
+from backbones.errors import InputError
+
+ARCHITECTURES = (
+    "upernet",
+    *(f"smp/{name}" for name in smp.MODEL_ARCHITECTURES_MAPPING if name != "dpt"),  # dpt is refused, see below
+)
+# Pyramid pooling in PAN halves its stride-16 or stride-32 map three times.
+_MIN_CELLS = {"smp/pan": 8}
+_OURS = {"encoder_name", "encoder_weights", "in_channels", "classes", "activation", "aux_params"}
+
+
+def build_segmenter(
+    architecture: str = "upernet",
+    *,
+    backbone: str | Mapping[str, Any] | nn.Module,
+    num_classes: int,
+    aux: bool = False,
+    **decoder_options: Any,
+) -> "Segmenter":
+    """Build a model that labels every pixel of images of any size.
+
+    Args:
+        architecture: "upernet" (no padding at all), or "smp/NAME" for a decoder of segmentation-models-pytorch,
+            which sees the image padded to the multiple it needs
+        backbone: a name, a dict of `build_backbone` options that includes "name", or a module that returns four
+            maps of strides 4, 8, 16, 32 and has timm's `feature_info`
+        num_classes: number of classes, all of them mapped to a channel of the logits
+        aux: add a fully convolutional head on the stride-16 map, to be trained beside the decoder
+        decoder_options: options of the smp model's decoder, such as `decoder_channels`
+
+    Returns:
+        a module from (B, C, H, W) to logits (B, num_classes, H, W); with `aux`, in training mode, to a pair of them
+
+    Raises:
+        InputError: an unknown architecture or option, or a backbone whose maps do not fit
+    """
+    model_class = _find_architecture(architecture)
+    if num_classes < 1:
+        raise InputError(f"num_classes={num_classes}: a segmenter needs at least one class")
+    known = {name: parameter.default for name, parameter in inspect.signature(model_class).parameters.items()}
+    known = {k: v for k, v in known.items() if k not in _OURS and v is not inspect.Parameter.empty}
+    for option in decoder_options:
+        if option not in known:
+            raise InputError(f"{architecture} has no option {option!r}; {_nearest(option, known)}")
+
+    depth = decoder_options.get("encoder_depth", known["encoder_depth"])
+    backbone = _build_backbone(backbone, depth, architecture)
+    channels = list(backbone.feature_info.channels())
+    if len(channels) < depth - 1 or len(channels) > 5:
+        raise InputError(
+            f"{architecture} needs the {depth - 1} maps of strides {[2**i for i in range(2, depth + 1)]}, but the "
+            f"backbone returns strides {list(backbone.feature_info.reduction())}"
+        )
+    if aux and depth < 4:
+        raise InputError(f"aux=True needs the stride-16 map, which {architecture} with encoder_depth={depth} lacks")
+    if len(channels) < 5:
+        channels.insert(0, 0)  # no map of stride 2: zero channels, as smp's own transformer encoders have it
+    if architecture == "upernet":
+        decoder_options = {"upsampling": 1, **decoder_options}
+    with _registered([3, *channels]) as encoder_name:
+        model = model_class(encoder_name, encoder_weights=None, classes=num_classes, **decoder_options)
+    aux_head = FCNHead(channels[3], num_classes) if aux else None
+    return Segmenter(
+        backbone,
+        model.decoder,
+        model.segmentation_head,
+        depth=depth,
+        output_stride=model.encoder.output_stride,
+        divisor=1 if architecture == "upernet" else 2**depth,
+        min_size=_MIN_CELLS.get(architecture, 0) * model.encoder.output_stride,
+        aux_head=aux_head,
+    )
+
+
+class Segmenter(nn.Module):
+    """A backbone, a decoder of segmentation-models-pytorch and its head; see `build_segmenter`.
+
+    Args:
+        backbone: module from (B, C, H, W) to maps of strides 4 to 32, finest first; or from stride 2
+        decoder: module from the list [image, stride 2, stride 4, ...] to one map
+        head: module from that map to logits
+        depth: number of halvings the decoder sees
+        output_stride: coarsest stride the decoder works on; coarser maps are resized to it
+        divisor: sides of the image are padded, at the right and bottom, to a multiple of this
+        min_size: and to at least this
+        aux_head: module from the stride-16 map to logits
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        decoder: nn.Module,
+        head: nn.Module,
+        *,
+        depth: int,
+        output_stride: int,
+        divisor: int,
+        min_size: int = 0,
+        aux_head: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        # convolutions on a CPU are much faster on channels-last maps, which is what backbones return
+        self.decoder = decoder.to(memory_format=torch.channels_last)
+        self.head = head.to(memory_format=torch.channels_last)
+        self.aux_head = None if aux_head is None else aux_head.to(memory_format=torch.channels_last)
+        self.depth, self.output_stride, self.divisor, self.min_size = depth, output_stride, divisor, min_size
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Logits (B, num_classes, H, W) of images (B, C, H, W); training with an aux head, a pair of them."""
+        height, width = images.shape[-2:]
+        padded = self._pad(images)
+        pyramid = self._pyramid(padded, list(self.backbone(padded)))
+        logits = self.head(self.decoder(pyramid))
+        logits = _resize(logits, padded.shape[-2:])[..., :height, :width]
+        if self.aux_head is None or not self.training:
+            return logits
+        aux = _resize(self.aux_head(pyramid[4]), padded.shape[-2:])[..., :height, :width]
+        return logits, aux
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The backbone's layers, in timm's convention; decoder and heads come after them."""
+        if not hasattr(self.backbone, "group_matcher"):
+            return {"backbone": r"^backbone\."}
+        matcher = self.backbone.group_matcher(coarse=coarse)
+        return {name: _prefixed(pattern) for name, pattern in matcher.items()}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that must not decay, beside norms and biases."""
+        if not hasattr(self.backbone, "no_weight_decay"):
+            return set()
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+
+    def _pad(self, images: torch.Tensor) -> torch.Tensor:
+        height, width = images.shape[-2:]
+        right, bottom = (max(-(-n // self.divisor) * self.divisor, self.min_size) - n for n in (width, height))
+        return F.pad(images, (0, right, 0, bottom)) if right or bottom else images
+
+    def _pyramid(self, images: torch.Tensor, maps: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The list that smp's encoders return: image, stride 2, stride 4, ... of `depth` halvings."""
+        height, width = images.shape[-2:]
+        if len(maps) < 5:
+            maps.insert(0, maps[0].new_empty(len(images), 0, -(-height // 2), -(-width // 2)))
+        strides = [min(2**level, self.output_stride) for level in range(1, self.depth + 1)]
+        sizes = [(-(-height // stride), -(-width // stride)) for stride in strides]
+        # only maps of other strides than the decoder's are resized, for instance of a dilated backbone
+        return [images, *(_resize(x, size) for x, size in zip(maps[: self.depth], sizes, strict=True))]
+
+
+class _EncoderShape(nn.Module, EncoderMixin):
+    """Tells an smp model which maps to expect; the maps themselves come from the backbone."""
+
+    def __init__(self, out_channels: Sequence[int], depth: int, output_stride: int):
+        super().__init__()
+        self._out_channels, self._depth, self._output_stride, self._in_channels = out_channels, depth, output_stride, 3
+
+    def make_dilated(self, output_stride: int) -> None:
+        self._output_stride = output_stride
+
+
+@contextmanager
+def _registered(channels: Sequence[int]) -> Iterator[str]:
+    """Register an encoder as smp's documentation has it, for as long as a model is being built."""
+    name = f"backbones-{id(channels)}"
+    smp.encoders.encoders[name] = {"encoder": _EncoderShape, "params": {"out_channels": channels}}
+    try:
+        yield name
+    finally:
+        del smp.encoders.encoders[name]
+
+
+def _find_architecture(architecture: str) -> type[nn.Module]:
+    if architecture == "smp/dpt":
+        raise InputError("smp/dpt reads tokens and a class token from inside a ViT, which feature maps do not carry")
+    if architecture not in ARCHITECTURES:
+        raise InputError(f"unknown architecture {architecture!r}; {_nearest(architecture, ARCHITECTURES)}")
+    return smp.MODEL_ARCHITECTURES_MAPPING[architecture.removeprefix("smp/")]
+
+
+def _build_backbone(backbone: str | Mapping[str, Any] | nn.Module, depth: int, architecture: str) -> nn.Module:
+    if isinstance(backbone, nn.Module):
+        if not hasattr(backbone, "feature_info"):
+            raise InputError(
+                f"{type(backbone).__name__} has no feature_info to tell its channels; backbones.wrap(module, "
+                "channels=..., strides=...) gives it one"
+            )
+        return backbone
+    options = {"name": backbone} if isinstance(backbone, str) else dict(backbone)
+    if "name" not in options:
+        raise InputError(f'{architecture}: the backbone options {sorted(options)} lack "name"')
+    options.setdefault("out_indices", tuple(range(depth - 1)))
+    return build_backbone(options.pop("name"), **options)
+
+
+def _prefixed(pattern: Any) -> Any:
+    """A matcher for names that begin with `backbone.`, from one for names without it."""
+    if pattern is None:
+        return None
+    if not isinstance(pattern, str):
+        return [(_prefixed(regex), suffix) for regex, suffix in pattern]
+    # timm anchors by re.match; the ^ of each alternative would not match after the prefix
+    unanchored = re.sub(r"(^|[|(:])\^", r"\1", pattern)
+    return rf"^backbone\.(?:{unanchored})"
+
+
+def _resize(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    if tuple(x.shape[-2:]) == tuple(size) or x.shape[1] == 0:
+        return x
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}There are {', '.join(known)}"
