@@ -202,8 +202,9 @@ def _unknown(name: str) -> UnknownBackbone:
         message += f" No plugin has the namespace {namespace!r}."
     failed = [p for p in plugins if p.errors and namespace in ("", p.namespace)]
     if failed:
-        owners = ", ".join(f"{p} is {p.status}" for p in failed)
-        message += f" A plugin that was not loaded might have it: {owners}; run `backbones plugins --errors`."
+        # What a loaded plugin's `find_backbone` raised is not seen again by another process: say it here.
+        owners = ", ".join(f"{p} is {p.status}" + (f" ({one_line(p.errors[-1])})" if p.hooks else "") for p in failed)
+        message += f" A plugin that does not work might have it: {owners}; run `backbones plugins --errors`."
     return UnknownBackbone(message + " `backbones list` shows every name.")
 
 

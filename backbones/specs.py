@@ -34,8 +34,9 @@ class _Record:
 
     def _require(self, valid: bool, name: str, remedy: str) -> None:
         if not valid:
-            owner = getattr(self, fields(self)[0].name)
-            raise InvalidSpec(f"{type(self).__name__} {owner!r}: {name}={getattr(self, name)!r} is wrong; {remedy}")
+            owner, value = getattr(self, fields(self)[0].name), getattr(self, name)
+            value = dict(value) if isinstance(value, Mapping) else value
+            raise InvalidSpec(f"{type(self).__name__} {owner!r}: {name}={value!r} is wrong; {remedy}")
 
     def _freeze(self, *names: str) -> None:
         """Turn lists into tuples and dicts into read-only views."""

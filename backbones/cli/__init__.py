@@ -9,12 +9,13 @@ from importlib.metadata import EntryPoint, entry_points
 
 from backbones.errors import BackboneError, PluginError
 
-# Help lines stand here so that `backbones --help` imports no command.
+# Command: its module here, and its line in `backbones --help`, which imports none of them.
+# (No module is called `list`: once imported, it would hide the built-in in this one.)
 COMMANDS = {
-    "list": "the backbones that are installed",
-    "info": "everything about one backbone",
-    "plugins": "where backbones come from, and which plugins do not work",
-    "bench": "parameters, GMACs, latency, throughput and peak memory, beside timm's if asked",
+    "list": ("listing", "the backbones that are installed"),
+    "info": ("info", "everything about one backbone"),
+    "plugins": ("plugins", "where backbones come from, and which plugins do not work"),
+    "bench": ("bench", "parameters, GMACs, latency, throughput and peak memory, beside timm's if asked"),
 }
 
 
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(argv: list[str]) -> int:
     command = argv[0] if argv else "--help"
     if command in COMMANDS:
-        module = import_module(f".{command}", __name__)
+        module = import_module(f".{COMMANDS[command][0]}", __name__)
         parser = argparse.ArgumentParser(prog=f"backbones {command}", description=module.__doc__)
         module.add_arguments(parser)
         return module.run(parser.parse_args(argv[1:]))
@@ -45,7 +46,7 @@ def _dispatch(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="backbones", description="Vision backbones for dense tasks, as plugins.")
     parser.add_argument("--version", action="store_true", help="print the installed version")
     choices = parser.add_subparsers(metavar="COMMAND", title="commands (backbones COMMAND --help tells more)")
-    for name, summary in COMMANDS.items():
+    for name, (_, summary) in COMMANDS.items():
         choices.add_parser(name, help=summary)
     for name, entry_point in others.items():
         choices.add_parser(name, help=f"from {entry_point.dist.name}")

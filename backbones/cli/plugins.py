@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     faulty = [p for p in found if p.error]
     for plugin in faulty:
         print(f"\n{plugin.namespace} ({plugin.distribution} {plugin.version}) is {plugin.status}:")
-        print(plugin.traceback if args.errors else plugin.error)
+        print(plugin.traceback.rstrip() if args.errors else plugin.error)
     if faulty and not args.errors:
         print_hint("\nrun `backbones plugins --errors` for the tracebacks")
     return 0
