@@ -7,15 +7,9 @@ BACKBONES_API = 1
 
 @hookimpl
 def register_backbones():
-    return [
-        BackboneSpec(name="listed_net", family="Listed", entry="throwaway_raising_find:f", channels=(8,), strides=(4,))
-    ]
+    return [BackboneSpec(name="listed_net", family="Listed", entry="json:loads", channels=(8,), strides=(4,))]
 
 
 @hookimpl
 def find_backbone(name):
     raise RuntimeError("this catalogue is closed")
-
-
-def f(**options):
-    raise ValueError("listed_net cannot be built today")
