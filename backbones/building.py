@@ -13,7 +13,7 @@ from inspect import Parameter, isclass, signature
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from .discovery import Failure, Plugin, one_line
+from .discovery import Failure, Plugin, describe
 from .errors import InputError, MissingDependency, PluginError
 from .specs import BackboneSpec
 
@@ -57,7 +57,7 @@ def check_entry(spec: BackboneSpec) -> None:
         raise PluginError(f"entry {spec.entry!r} of backbone {spec.name!r}: there is no module {module!r}")
     try:
         source = found.loader.get_source(module)
-    except (AttributeError, ImportError):  # an extension module, for one
+    except Exception:  # an extension module, for one, has no source to look at
         return
     name = attribute.partition(".")[0]
     if not re.search(rf"\b{name}\b|\bimport \*|\bdef __getattr__\b", source or name):
@@ -106,11 +106,11 @@ def _is_installed(requirement: str) -> bool:
 def _import_entry(plugin: Plugin, spec: BackboneSpec) -> Callable[..., Any]:
     module, _, attribute = spec.entry.partition(":")
     owner = f"entry {spec.entry!r} of backbone {plugin.canonical(spec)!r}, {plugin}"
-    remedy = f"try `pip install --upgrade {plugin.distribution}`, or report it there" if plugin.distribution else ""
+    remedy = f"run `pip install --upgrade {plugin.distribution}`" if plugin.distribution else "correct the spec"
     try:
         make = attrgetter(attribute)(importlib.import_module(module))
     except Failure as error:
-        raise PluginError(f"{owner}, cannot be imported: {one_line(error)}; {remedy}") from error
+        raise PluginError(f"{owner}, cannot be imported: {describe(error)}; {remedy}") from error
     if not callable(make):
         raise PluginError(f"{owner}, is no class or function: {make!r}; {remedy}")
     return make

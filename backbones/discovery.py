@@ -76,18 +76,16 @@ class Plugin:
             return
         if isinstance(error, PluginError):
             raise error
-        raise PluginError(f"{self} failed: {one_line(error)}") from error
+        raise PluginError(f"{self} failed: {describe(error)}") from error
 
 
 def read_plugins() -> list[Plugin]:
     """Every installed plugin, first-party first, then by namespace."""
     plugins: list[Plugin] = []
     for entry_point in _entry_points():
+        distribution, version = owner(entry_point)
         plugin = Plugin(
-            namespace=entry_point.name,
-            distribution=entry_point.dist.name,
-            version=entry_point.dist.version,
-            module=entry_point.value,
+            namespace=entry_point.name, distribution=distribution, version=version, module=entry_point.value
         )
         reason = _blocked(plugin)
         if reason:
@@ -107,7 +105,7 @@ def read_plugins() -> list[Plugin]:
 
 def _entry_points() -> list[EntryPoint]:
     """One entry point per plugin, however often its metadata is on the path."""
-    unique = {(normalized(ep.dist.name), ep.name, ep.value): ep for ep in entry_points(group=GROUP)}
+    unique = {(normalized(owner(ep)[0]), ep.name, ep.value): ep for ep in entry_points(group=GROUP)}
     return [unique[key] for key in sorted(unique, key=lambda key: (key[0] != FIRST_PARTY, key[1], key[0]))]
 
 
@@ -127,7 +125,7 @@ def _check_namespace(plugin: Plugin, others: list[Plugin]) -> None:
     if not is_name(plugin.namespace) or plugin.namespace == LOCAL:
         raise PluginError(f"{plugin}: this namespace cannot be used; rename its entry point")
     for other in others:
-        if other.namespace == plugin.namespace:
+        if other.namespace == plugin.namespace and other.status != "blocked":
             raise PluginError(f"{plugin}: {other} has this namespace already; uninstall one, or rename its entry point")
 
 
@@ -161,12 +159,20 @@ def _load(plugin: Plugin, entry_point: EntryPoint) -> None:
     plugin.hooks = manager.hook
 
 
+def owner(entry_point: EntryPoint) -> tuple[str, str]:
+    """Name and version of the distribution; `unknown` where an interrupted uninstall has left half of it."""
+    try:
+        return entry_point.dist.name or "unknown", entry_point.dist.version or "unknown"
+    except Exception:  # what is raised for missing metadata differs between versions of Python
+        return "unknown", "unknown"
+
+
 def normalized(name: str) -> str:
     """A distribution's name as packaging compares it."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def one_line(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from .building import build, check_entry
-from .discovery import LOCAL, Plugin, normalized, one_line, read_plugins
+from .discovery import LOCAL, Plugin, describe, normalized, read_plugins
 from .errors import AmbiguousBackbone, InputError, PluginError, UnknownBackbone
 from .specs import BackboneInfo, BackboneSpec
 
@@ -203,7 +203,7 @@ def _unknown(name: str) -> UnknownBackbone:
     failed = [p for p in plugins if p.errors and namespace in ("", p.namespace)]
     if failed:
         # What a loaded plugin's `find_backbone` raised is not seen again by another process: say it here.
-        owners = ", ".join(f"{p} is {p.status}" + (f" ({one_line(p.errors[-1])})" if p.hooks else "") for p in failed)
+        owners = ", ".join(f"{p} is {p.status}" + (f" ({describe(p.errors[-1])})" if p.hooks else "") for p in failed)
         message += f" A plugin that does not work might have it: {owners}; run `backbones plugins --errors`."
     return UnknownBackbone(message + " `backbones list` shows every name.")
 
@@ -222,6 +222,6 @@ def _plugin_info(plugin: Plugin) -> PluginInfo:
         module=plugin.module,
         status="broken" if errors and plugin.status == "ok" else plugin.status,
         backbones=len(plugin.specs),
-        error="\n".join(map(one_line, errors)),
+        error="\n".join(map(describe, errors)),
         traceback="\n".join("".join(traceback.format_exception(error)) for error in errors),
     )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 
+from backbones.discovery import FIRST_PARTY, describe, owner
 from backbones.errors import BackboneError, PluginError
 
 # Command: its module here, and its line in `backbones --help`, which imports none of them.
@@ -49,7 +50,7 @@ def _dispatch(argv: list[str]) -> int:
     for name, (_, summary) in COMMANDS.items():
         choices.add_parser(name, help=summary)
     for name, entry_point in others.items():
-        choices.add_parser(name, help=f"from {entry_point.dist.name}")
+        choices.add_parser(name, help=f"from {owner(entry_point)[0]}")
     if parser.parse_args([command]).version:
         from backbones import __version__
 
@@ -60,7 +61,7 @@ def _dispatch(argv: list[str]) -> int:
 def _other_commands() -> dict[str, EntryPoint]:
     """Commands of installed packages; nobody takes over one of dense-backbones."""
     found = entry_points(group="backbones.commands")
-    found = sorted(found, key=lambda e: (e.dist.name == "dense-backbones", e.dist.name, e.name))
+    found = sorted(found, key=lambda e: (owner(e)[0] == FIRST_PARTY, owner(e)[0]))
     return {e.name: e for e in found}  # the last one of a name is kept
 
 
@@ -68,8 +69,7 @@ def _load(entry_point: EntryPoint):
     try:
         return entry_point.load()
     except Exception as error:
-        owner = entry_point.dist.name
         raise PluginError(
-            f"command {entry_point.name!r} of {owner} cannot be loaded: {type(error).__name__}: {error}; "
-            f"is {owner} installed with all the extras it needs?"
+            f"command {entry_point.name!r} of {owner(entry_point)[0]} cannot be loaded: {describe(error)}; "
+            "is it installed with all the extras it needs?"
         ) from error

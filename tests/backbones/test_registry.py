@@ -138,6 +138,23 @@ def test_two_copies_of_one_distribution_are_read_once(path_with, throwaway_site,
     assert [p.namespace for p in backbones.plugins()].count("good") == 1
 
 
+def test_metadata_of_an_interrupted_uninstall_harms_nothing(path_with, tmp_path):
+    metadata = tmp_path / "half_gone-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "entry_points.txt").write_text("[backbones]\nhalf = half_gone\n")
+    path_with(tmp_path)
+    record = next(p for p in backbones.plugins() if p.namespace == "half")
+    assert record.status == "broken"
+    assert "pvt_v2_b0" in backbones.list_backbones()
+
+
+def test_a_blocked_plugin_leaves_its_namespace_to_others(throwaway, monkeypatch):
+    monkeypatch.setenv("BACKBONES_BLOCK_PLUGINS", "dense-backbones")
+    backbones.refresh()
+    statuses = {p.distribution: p.status for p in backbones.plugins() if p.namespace == "pvt"}
+    assert statuses == {"dense-backbones": "blocked", "throwaway-taken-namespace": "ok"}
+
+
 def test_plugins_are_read_at_the_first_question_and_once(path_with, throwaway_site, monkeypatch):
     reads = []
     read_plugins = registry.read_plugins
