@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .errors import InputError
-from .layers import Blocks, Linear, crop_to, init_linear, layer_norm_2d, pad_to_multiple
+from .layers import Blocks, Linear, ceil_div, crop_to, init_linear, layer_norm_2d, pad_to_multiple
 from .weights import KeyLayout
 
 __all__ = ["Backbone", "FeatureInfo", "wrap"]
@@ -163,7 +163,7 @@ class Backbone(nn.Module, metaclass=_Finished):
             return self.forward_head(features)
         height, width = images.shape[-2:]
         return [
-            crop_to(norm(features[i]), -(-height // stride), -(-width // stride))
+            crop_to(norm(features[i]), ceil_div(height, stride), ceil_div(width, stride))
             for i, norm, stride in zip(self.out_indices, self.out_norms, self.strides, strict=True)
         ]
 

@@ -1,5 +1,6 @@
 """Find and load the installed plugins; whatever goes wrong in one is kept with it and harms no other."""
 
+import inspect
 import os
 import re
 import sys
@@ -17,6 +18,7 @@ from .specs import BackboneSpec, is_name
 GROUP = "backbones"
 APIS = (1,)  # values of BACKBONES_API that this version understands
 FIRST_PARTY = "dense-backbones"
+HOOKS = ("register_backbones", "find_backbone")
 LOCAL = "local"  # namespace of what is registered by hand
 
 # A plugin that calls sys.exit() must not end the program either.
@@ -140,7 +142,7 @@ def _load(plugin: Plugin, entry_point: EntryPoint) -> None:
             f"run `pip install --upgrade dense-backbones {plugin.distribution}`"
         )
     # A manager of its own for each plugin: an unknown hook or an exception concerns nobody else.
-    manager = pluggy.PluginManager(GROUP)
+    manager = _Manager(GROUP)
     manager.add_hookspecs(hookspecs)
     manager.register(module, name=plugin.namespace)
     manager.check_pending()
@@ -148,7 +150,7 @@ def _load(plugin: Plugin, entry_point: EntryPoint) -> None:
     if not answers:
         raise PluginError(
             f"{plugin}: {plugin.module} has no hook register_backbones that returns specs; "
-            "write one, and mark it with @backbones.hookimpl"
+            "define register_backbones(), and mark it with @backbones.hookimpl so that a misspelt name is reported"
         )
     for spec in answers[0]:
         plugin.require_spec(spec, "register_backbones")
@@ -165,6 +167,15 @@ def owner(entry_point: EntryPoint) -> tuple[str, str]:
         return entry_point.dist.name or "unknown", entry_point.dist.version or "unknown"
     except Exception:  # what is raised for missing metadata differs between versions of Python
         return "unknown", "unknown"
+
+
+class _Manager(pluggy.PluginManager):
+    """Takes a function that has a hook's name for that hook, marked or not."""
+
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> Any:
+        marked = super().parse_hookimpl_opts(plugin, name)
+        is_hook = name in HOOKS and inspect.isfunction(getattr(plugin, name))
+        return {} if marked is None and is_hook else marked
 
 
 def normalized(name: str) -> str:

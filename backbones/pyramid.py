@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import layer_norm_2d
+from .layers import ceil_div, layer_norm_2d, pad_to_multiple
 
 
 class Pyramid(nn.Module):
@@ -47,7 +47,7 @@ class Pyramid(nn.Module):
     def _exact(self, y: Tensor, x: Tensor, out_stride: int) -> Tensor:
         if self.stride == out_stride * 2.0 ** _doublings(self.stride, out_stride):
             return y
-        height, width = (-(-side * self.stride // out_stride) for side in x.shape[-2:])
+        height, width = (ceil_div(side * self.stride, out_stride) for side in x.shape[-2:])
         return F.interpolate(y, size=(height, width), mode="bilinear")
 
 
@@ -56,8 +56,15 @@ def _doublings(stride: int, out_stride: int) -> int:
     return round(math.log2(stride / out_stride))
 
 
+class _Halve(nn.Module):
+    """2x2 max-pooling that keeps the last cell of an odd side."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(pad_to_multiple(x, 2, value=-math.inf), 2)
+
+
 def _level(dim: int, doublings: int, halve: bool) -> nn.Sequential:
-    layers: list[nn.Module] = [nn.MaxPool2d(2, ceil_mode=True) for _ in range(-doublings)]
+    layers: list[nn.Module] = [_Halve() for _ in range(-doublings)]
     for step in range(doublings):
         width = dim // 2 if halve else dim
         layers.append(nn.ConvTranspose2d(dim, width, kernel_size=2, stride=2))

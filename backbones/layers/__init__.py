@@ -5,7 +5,7 @@ from .blocks import Blocks, residual, run_blocks
 from .cache import TableCache
 from .linear import Linear, Mlp, gelu, init_linear
 from .norm import layer_norm_2d
-from .padding import crop_to, pad_to_multiple
+from .padding import ceil_div, crop_to, pad_to_multiple
 from .window import window_partition, window_unpartition
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Mlp",
     "TableCache",
     "attend",
+    "ceil_div",
     "crop_to",
     "gelu",
     "init_linear",

@@ -197,7 +197,9 @@ class VisionTransformer(Backbone):
             patches = self.norm(x) if self.out_norm else x
             if self.prefix_tokens:
                 patches = patches[:, self.prefix_tokens :]
-            wanted[end] = patches.reshape(len(x), height, width, -1).permute(0, 3, 1, 2)
+            if patches.ndim == 3:
+                patches = patches.unflatten(1, (height, width))
+            wanted[end] = patches.permute(0, 3, 1, 2)
             start = end
         maps = [wanted[self.taps[i]] for i in self.out_indices]
         return dict(zip(self.out_indices, maps if self.pyramid_kind == "plain" else self.pyramid(maps), strict=True))
@@ -354,8 +356,8 @@ class Block(nn.Module):
         """Attention among all tokens or, in maps larger than a window, within windows."""
         if x.ndim == 3:
             return self.attn(x)
-        height, width = x.shape[1:3]
+        batch, height, width, _ = x.shape
         if not self.window or max(height, width) <= self.window:
             return self.attn(x.flatten(1, 2)).reshape(x.shape)
         windows = self.attn(window_partition(x, self.window))
-        return window_unpartition(windows, self.window, height, width)
+        return window_unpartition(windows, self.window, batch, height, width)
