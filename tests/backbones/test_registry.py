@@ -38,14 +38,14 @@ FAULTS = {
     "leads_nowhere": ("broken", "there is no module 'throwaway_leads_nowhere.missing'"),
     "misspelt_hook": ("broken", "unknown hook 'find_backbones'"),
     "no_api": ("incompatible", "states no API version; write `BACKBONES_API = 1`"),
+    "no_hook": ("broken", "define register_backbones()"),
     "not_a_spec": ("broken", "register_backbones gave 'resnet50'; give a BackboneSpec"),
     "raising_hook": ("broken", "RuntimeError: this hook raises"),
     "same_name_twice": ("broken", "two of its specs have the name 'twin'"),
-    "unmarked_hook": ("broken", "mark it with @backbones.hookimpl"),
     "wrong_api": ("incompatible", "is made for plugin API 99"),
     "wrong_arguments": ("broken", "Argument(s) {'registry'}"),
 }
-SOUND = {"good", "rival", "raising_find"}  # as far as reading them goes
+SOUND = {"good", "rival", "raising_find", "unmarked"}  # as far as reading them goes
 
 
 @pytest.fixture
@@ -65,6 +65,10 @@ def local(monkeypatch):
 def test_every_throwaway_plugin_is_expected_to_be_sound_or_faulty():
     stems = {path.stem for path in THROWAWAY.glob("*.py") if not path.stem.endswith("_model")}
     assert stems == SOUND | FAULTS.keys() | {"taken_namespace"}
+
+
+def test_a_hook_needs_no_mark(throwaway):
+    assert "unmarked_net" in backbones.list_backbones(plugin="unmarked")
 
 
 @pytest.mark.parametrize("namespace", FAULTS)
