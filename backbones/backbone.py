@@ -195,9 +195,9 @@ class Backbone(nn.Module, metaclass=_Finished):
         self.global_pool = global_pool or self.global_pool
         like = next(self.parameters())
         self._make_head()
-        for name in self.new_parts:
-            if hasattr(self, name):
-                getattr(self, name).to(device=like.device, dtype=like.dtype).train(self.training)
+        for name, part in self.named_children():
+            if name in self.new_parts:
+                part.to(device=like.device, dtype=like.dtype).train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Turns activation checkpointing on or off, as in timm."""

@@ -30,7 +30,8 @@ class Pyramid(nn.Module):
         super().__init__()
         self.stride = stride
         self.out_strides = tuple(out_strides)
-        self.levels = nn.ModuleList(_level(dim, _doublings(stride, s), halve) for s in out_strides)
+        # Named by stride, so that a pyramid of some levels takes the weights of one of all.
+        self.levels = nn.ModuleDict({str(s): _level(dim, _doublings(stride, s), halve) for s in out_strides})
 
     @staticmethod
     def channels(dim: int, stride: int, out_strides: Sequence[int], halve: bool = True) -> tuple[int, ...]:
@@ -40,8 +41,8 @@ class Pyramid(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """One map (B, dim, h, w) per level in, one map per level out."""
         return [
-            self._exact(level(x), x, out_stride)
-            for level, x, out_stride in zip(self.levels, maps, self.out_strides, strict=True)
+            self._exact(self.levels[str(out_stride)](x), x, out_stride)
+            for x, out_stride in zip(maps, self.out_strides, strict=True)
         ]
 
     def _exact(self, y: Tensor, x: Tensor, out_stride: int) -> Tensor:
