@@ -1,0 +1,58 @@
+"""What the README tells people to type works as it stands."""
+
+import importlib
+import re
+from pathlib import Path
+
+import torch
+
+import backbones
+from backbones import registry
+from backbones.discovery import Plugin
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def block(containing: str, language: str = "python") -> str:
+    """The one fenced block of the README that holds this text."""
+    (found,) = [b for b in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if containing in b]
+    return found
+
+
+def test_detector_of_the_readme_trains():
+    names = {"__name__": "readme"}
+    exec(block("FasterRCNN").replace(", pretrained=True", "").replace("pvt_v2_b2", "pvt_v2_b0"), names)
+    target = {"boxes": torch.tensor([[20.0, 30, 200, 120]]), "labels": torch.tensor([3])}
+    model = names["model"]
+    model.transform.min_size, model.transform.max_size = (160,), 200
+    sum(model([torch.rand(3, 150, 220)], [target]).values()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_segmenter_of_the_readme_labels_every_pixel():
+    names = {}
+    exec(block("build_segmenter").replace("vit_base_patch16", "vit_tiny_patch16"), names)
+    with torch.no_grad():
+        assert names["model"].eval()(torch.rand(1, 3, 50, 71)).shape == (1, 150, 50, 71)
+
+
+def test_plugin_of_the_readme_is_a_backbone(tmp_path, monkeypatch):
+    package = tmp_path / "mynets"
+    package.mkdir()
+    (package / "__init__.py").write_text(block("# mynets/__init__.py"))
+    (package / "mynet.py").write_text(block("# mynets/mynet.py"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_local", Plugin(namespace="local", module="__main__"))
+    plugin = importlib.import_module("mynets")
+    assert plugin.BACKBONES_API == 1
+    (spec,) = plugin.register_backbones()
+    backbones.register(spec)
+    model = backbones.build_backbone("mynet_s", out_indices=(1, 3))
+    assert [tuple(m.shape) for m in model(torch.rand(2, 3, 50, 71))] == [(2, 64, 7, 9), (2, 256, 2, 3)]
+
+
+def test_ci_finds_the_readmes_install_and_test_commands():
+    section = README.split("## Run the tests")[1].split("\n## ")[0]
+    commands = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1].splitlines()
+    assert [command.split()[0] for command in commands] == ["pip", "pytest"]
