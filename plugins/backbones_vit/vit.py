@@ -53,6 +53,7 @@ TORCHVISION = KeyLayout(
         (r"^heads\.pre_logits\.", "pre_logits.fc."),
     ),
 )
+DEIT3 = KeyLayout("DeiT III", ((r"\.gamma_([12])$", r".ls\1.gamma"),))
 
 
 class VisionTransformer(Backbone):
@@ -86,7 +87,7 @@ class VisionTransformer(Backbone):
         **options: those of `backbones.Backbone`; `out_norm=True` applies the final norm before the pyramid.
     """
 
-    key_layouts = (TORCHVISION,)
+    key_layouts = (TORCHVISION, DEIT3)
     own_layout = "timm"
     new_parts = ("head", "head_dist", "fc_norm", "pre_logits", "pyramid", "dist_token")
     global_pools = ("token", "avg", "both")
@@ -143,8 +144,9 @@ class VisionTransformer(Backbone):
                 f"window_size={window_size} leaves out the class token and serves feature maps only; "
                 "build the classifier with window_size=0"
             )
-        if not class_token and not self.features_only and global_pool != "avg":
-            raise InputError(f"global_pool={global_pool!r} needs class_token=True; use global_pool='avg'")
+        self.class_token = class_token
+        if not self.features_only:
+            self._check_pool(global_pool)
 
         self.patch_embed = PatchEmbed(self.in_chans, dim, patch_size, conv_stem)
         self.grid = tuple(side // patch_size for side in to_2tuple(img_size))
@@ -221,6 +223,15 @@ class VisionTransformer(Backbone):
         x = self._drop(self.pre_logits(self.fc_norm(torch.cat(parts, -1))))
         return x if pre_logits else self.head(x)
 
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
+        """The layer that yields the logits; of a distilled model, both, as in timm."""
+        return (self.head, self.head_dist) if self.distilled else self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the heads' last layers by fresh ones for `num_classes`, as in timm; 0 for none."""
+        self._check_pool(global_pool or self.global_pool)
+        super().reset_classifier(num_classes, global_pool)
+
     def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
         return {
             "stem": r"^cls_token|dist_token|reg_token|pos_embed|patch_embed",
@@ -248,15 +259,16 @@ class VisionTransformer(Backbone):
             return value
         rows = value.shape[1]
         tokens = sum(checkpoint[t].shape[1] for t in ("cls_token", "dist_token", "reg_token") if t in checkpoint)
-        for prefix in (tokens, 0):
+        for prefix in (0, tokens) if self.no_embed_class else (tokens,):
             side = math.isqrt(max(0, rows - prefix))
             grid = self.grid if rows - prefix == math.prod(self.grid) else (side, side)
             if rows - prefix == math.prod(grid):
                 break
         else:
             raise WeightsError(
-                f"pos_embed has {rows} rows, which is neither a square grid nor the model's {self.grid}; build the "
-                "model with the img_size=(height, width) that the checkpoint was trained at"
+                f"pos_embed has {rows} rows for {tokens} tokens and patches, which are neither a square grid nor the "
+                f"model's {self.grid}; build the model with the img_size=(height, width) that the checkpoint was "
+                "trained at, and with no_embed_class=True if its tokens have no positions"
             )
         patches = resample_abs_pos_embed(value[:, prefix:], self.grid, grid, num_prefix_tokens=0)
         kept = value[:, : min(prefix, self.embedded_prefix)]
@@ -298,6 +310,15 @@ class VisionTransformer(Backbone):
         self.head = self._classifier(width)
         if self.distilled:
             self.head_dist = self._classifier(width)
+
+    def _check_pool(self, global_pool: str) -> None:
+        if self.distilled and (global_pool != "token" or not self.class_token):
+            raise InputError(
+                f"global_pool={global_pool!r}, class_token={self.class_token}: a distilled classifier reads the class "
+                "and distillation tokens; use global_pool='token' and class_token=True"
+            )
+        if not self.class_token and global_pool != "avg":
+            raise InputError(f"global_pool={global_pool!r} needs class_token=True; use global_pool='avg'")
 
     def _classifier(self, width: int) -> nn.Module:
         if not self.num_classes:

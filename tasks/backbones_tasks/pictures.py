@@ -1,0 +1,103 @@
+"""Pictures of what a model learnt: overlays, index masks, predictions beside the truth, curves."""
+
+import colorsys
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+Colour = tuple[int, int, int]
+IGNORED: Colour = (0, 0, 0)
+
+
+def palette(num_classes: int) -> list[Colour]:
+    """Colours that neighbours in the list can be told apart by; the same for the same class everywhere."""
+    colours = []
+    for i in range(num_classes):
+        hue = i * 0.618034 % 1  # the golden ratio spreads hues evenly, however many there are
+        rgb = colorsys.hsv_to_rgb(hue, (0.85, 0.55)[i // 8 % 2], (0.95, 0.7)[i // 4 % 2])
+        colours.append(tuple(round(255 * c) for c in rgb))
+    return colours
+
+
+def colourise(mask: np.ndarray, colours: Sequence[Colour]) -> np.ndarray:
+    """Class indices (H, W) as colours (H, W, 3) uint8; indices without a colour are black."""
+    table = np.array([*colours, IGNORED], dtype=np.uint8)
+    known = (mask >= 0) & (mask < len(colours))
+    return table[np.where(known, mask, len(colours))]
+
+
+def overlay(image: np.ndarray, mask: np.ndarray, colours: Sequence[Colour], alpha: float = 0.5) -> np.ndarray:
+    """An image (H, W, 3) uint8 tinted by the colours of its mask (H, W)."""
+    return (image * (1 - alpha) + colourise(mask, colours) * alpha).round().astype(np.uint8)
+
+
+def index_png(mask: np.ndarray, colours: Sequence[Colour]) -> Image.Image:
+    """A mask (H, W) as a palette image whose pixel values are the class indices; over 256 classes, as 16 bits."""
+    if mask.max(initial=0) > 255:
+        return Image.fromarray(mask.astype(np.uint16))
+    image = Image.fromarray(mask.astype(np.uint8)).convert("P")
+    image.putpalette([channel for colour in colours[:256] for channel in colour])
+    return image
+
+
+def save_predictions(
+    path: str | Path,
+    images: Sequence[np.ndarray],
+    truths: Sequence[np.ndarray],
+    predictions: Sequence[np.ndarray],
+    class_names: Sequence[str],
+    ignore_index: int = 255,
+) -> None:
+    """A row per image: the image, the truth and the prediction, with the names of the classes that occur.
+
+    Args:
+        path: of the PNG.
+        images: (H, W, 3) uint8.
+        truths, predictions: (H, W) class indices; where the truth is `ignore_index`, both are black.
+        class_names: in the order of the indices.
+        ignore_index: index of what is not labelled.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    colours = palette(len(class_names))
+    predictions = [np.where(t == ignore_index, ignore_index, p) for t, p in zip(truths, predictions, strict=True)]
+    rows = list(zip(images, truths, predictions, strict=True))
+    aspect = max(image.shape[0] / image.shape[1] for image in images)
+    figure = Figure(figsize=(9, 3 * aspect * len(rows) + 0.9), layout="constrained")
+    axes = figure.subplots(len(rows), 3, squeeze=False)
+    for row, (image, truth, prediction) in zip(axes, rows, strict=True):
+        for axis, picture in zip(row, (image, colourise(truth, colours), colourise(prediction, colours)), strict=True):
+            axis.imshow(picture, interpolation="nearest")
+            axis.set_axis_off()
+    for axis, title in zip(axes[0], ("image", "truth", "prediction"), strict=True):
+        axis.set_title(title)
+    seen = sorted({int(i) for masks in (truths, predictions) for mask in masks for i in np.unique(mask)})
+    patches = [Patch(color=np.array(colours[i]) / 255, label=class_names[i]) for i in seen if i < len(class_names)]
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(6, max(1, len(patches))), frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def save_curves(path: str | Path, metrics_csv: str | Path) -> None:
+    """Losses and mIoU over the epochs of a run's metrics.csv, as a PNG."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    with open(metrics_csv, newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, columns in zip(axes, (("train_loss", "val_loss"), ("mIoU", "pixel_acc")), strict=True):
+        for column in columns:
+            points = [(int(row["epoch"]) + 1, float(row[column])) for row in rows if row.get(column)]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=column)
+        axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+        axis.legend()
+    axes[1].set_ylim(0, 1)
+    figure.savefig(path, dpi=120)

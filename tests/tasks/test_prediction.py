@@ -1,0 +1,85 @@
+"""Sliding windows and pictures; the command itself is tested with the training."""
+
+import numpy as np
+import pytest
+import torch
+
+from backbones.errors import InputError, WeightsError
+from backbones_tasks.pictures import IGNORED, colourise, index_png, overlay, palette, save_curves, save_predictions
+from backbones_tasks.prediction import load_task, predict, slide
+
+
+def per_pixel(image):
+    """A model that sees one pixel at a time, so that windows can change nothing."""
+    return torch.cat((image, -image), dim=1).float()
+
+
+@pytest.mark.parametrize("size", [(100, 100), (64, 200), (131, 77), (10, 300), (64, 64), (1, 1)])
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.8])
+def test_windows_change_nothing_for_a_model_that_sees_one_pixel(size, overlap):
+    image = torch.randn(1, 3, *size)
+    expected = per_pixel(image)[0].softmax(0)
+    torch.testing.assert_close(slide(per_pixel, image, 64, overlap), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_no_window_is_larger_than_asked_for_and_small_images_are_whole():
+    seen = []
+
+    def model(part):
+        seen.append(tuple(part.shape[-2:]))
+        return per_pixel(part)
+
+    slide(model, torch.randn(1, 3, 150, 40), 64, 0.25)
+    assert set(seen) == {(64, 40)}
+    assert len(seen) == 3
+
+
+def test_palette_tells_classes_apart():
+    colours = palette(150)
+    assert len(set(colours)) == 150
+    assert palette(5) == colours[:5]
+
+
+def test_index_png_keeps_the_indices():
+    mask = np.array([[0, 1, 2], [2, 255, 0]])
+    image = index_png(mask, palette(3))
+    assert image.mode == "P"
+    assert np.array_equal(np.asarray(image), mask)
+    assert np.array_equal(np.asarray(index_png(np.array([[300]]), palette(301))), [[300]])
+
+
+def test_overlay_mixes_image_and_class_colour():
+    image = np.full((1, 2, 3), 100, dtype=np.uint8)
+    mixed = overlay(image, np.array([[0, 255]]), [(200, 0, 50)])
+    assert mixed.tolist() == [[[150, 50, 75], [50, 50, 50]]]
+    assert tuple(colourise(np.array([[-1]]), palette(2))[0, 0]) == IGNORED
+
+
+def test_pictures_are_written(tmp_path):
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 255, (40, 60, 3), dtype=np.uint8) for _ in range(2)]
+    masks = [rng.integers(0, 3, (40, 60)) for _ in range(2)]
+    save_predictions(tmp_path / "p.png", images, masks, masks[::-1], ["a", "b", "c"])
+    (tmp_path / "m.csv").write_text("epoch,train_loss,val_loss,mIoU,pixel_acc\n0,1.5,1.4,0.3,0.6\n1,1.0,,,\n")
+    save_curves(tmp_path / "c.png", tmp_path / "m.csv")
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("p.png", "c.png"))
+
+
+def test_predict_names_what_is_missing(tmp_path):
+    arguments = ["segmentation", "--out", str(tmp_path / "out"), "--ckpt", str(tmp_path / "no.ckpt")]
+    with pytest.raises(InputError, match="no such file or folder"):
+        predict([*arguments, "--images", str(tmp_path / "none")])
+    with pytest.raises(InputError, match="no images in it"):
+        predict([*arguments, "--images", str(tmp_path)])
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(WeightsError, match=r"no\.ckpt: no such checkpoint"):
+        predict([*arguments, "--images", str(tmp_path)])
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"text"])
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
+    path = tmp_path / "broken.ckpt"
+    path.write_bytes(content)
+    pytest.importorskip("backbones_tasks.task")
+    with pytest.raises(WeightsError, match=r"broken\.ckpt cannot be read as a checkpoint"):
+        load_task(path)
