@@ -244,7 +244,8 @@ def test_classifier_follows_timm(name):
         assert model(images).shape == (2, 7)
         torch.testing.assert_close(model.forward_head(model.forward_features(images)), model(images))
         assert model.forward_head(model.forward_features(images), pre_logits=True).shape == (2, model.num_features)
-        assert model.get_classifier().out_features == 7
+        heads = model.get_classifier()
+        assert all(head.out_features == 7 for head in (heads if isinstance(heads, tuple) else [heads]))
         model.bfloat16().reset_classifier(3)
         assert model(images.bfloat16()).shape == (2, 3)
         model.reset_classifier(0)
@@ -338,6 +339,8 @@ def test_autocast_stays_close_to_float32(name):
 @everywhere
 def test_export_takes_any_batch_height_and_width(name):
     model = build(name).eval()
+    if model.size_divisor > 1 and not hasattr(torch.compiler, "is_exporting"):
+        pytest.skip("torch 2.6 cannot prove that a symbolic padding is not negative")
     sides = {n: torch.export.Dim(n, min=65, max=2048) for n in ("height", "width")}
     shapes = {"images": {0: torch.export.Dim("batch", max=64), 2: sides["height"], 3: sides["width"]}}
     program = torch.export.export(model, (torch.randn(2, 3, 200, 333),), dynamic_shapes=shapes).module()
