@@ -1,6 +1,8 @@
 """Measure backbones: parameters, GMACs, latency, throughput, peak memory; side by side with timm if asked."""
 
 import argparse
+import ctypes
+import gc
 import math
 import statistics
 import sys
@@ -247,10 +249,12 @@ def _max_resident(reset: bool = False) -> float:
     """Most memory, in MB, that this process has held, since it was last reset where the system can."""
     try:
         if reset:
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # what is free already should not serve the model unseen
             Path("/proc/self/clear_refs").write_text("5")
         # Linux: unlike getrusage's figure, this one is not inherited from the parent process.
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
-    except OSError:
+    except (OSError, AttributeError):
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
