@@ -190,7 +190,7 @@ class VisionTransformer(Backbone):
         height, width = x.shape[1:3]
         x = self._embed(x)
         if not self.features_only:
-            return self.norm(run_blocks(self.blocks, x, self.checkpointing and self.training))
+            return self.norm(run_blocks(self.blocks, x, self.checkpointing and self.training).flatten(1, -2))
 
         wanted = {self.taps[i]: None for i in self.out_indices}
         start = 0
@@ -229,7 +229,8 @@ class VisionTransformer(Backbone):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the heads' last layers by fresh ones for `num_classes`, as in timm; 0 for none."""
-        self._check_pool(global_pool or self.global_pool)
+        if not self.features_only:
+            self._check_pool(global_pool or self.global_pool)
         super().reset_classifier(num_classes, global_pool)
 
     def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
