@@ -98,6 +98,16 @@ def test_gradients_equal_timm(name, randomise, assert_equals_reference):
         assert (parameter.grad - theirs[key]).abs().max() <= 1e-4 * scale, key
 
 
+@pytest.mark.parametrize("name", ["pvt_v2_b0", "pvt_v2_b2_li"])
+def test_norms_have_the_epsilon_of_timm(name):
+    """Which random activations are too large to show."""
+    model, reference = build_backbone(name, features_only=False), timm.create_model(name)
+    ours = {f"{key}.": module.eps for key, module in model.named_modules() if hasattr(module, "eps")}
+    theirs = {f"{key}.": module.eps for key, module in reference.named_modules() if hasattr(module, "eps")}
+    assert ours == model.key_layouts[0].convert(theirs)
+    assert {1e-5, 1e-6} == set(ours.values())
+
+
 def test_drop_path_rates_equal_timm():
     reference = timm.create_model("pvt_v2_b0", drop_path_rate=0.3)
     model = build_backbone("pvt_v2_b0", drop_path_rate=0.3)

@@ -155,6 +155,14 @@ def test_gradients_equal_timm(name, randomise):
         assert (parameter.grad - theirs[key]).abs().max() <= 1e-4 * scale, key
 
 
+def test_norms_have_the_epsilon_of_timm():
+    """Which random activations are too large to show."""
+    model, reference = build_backbone(TINY, features_only=False), from_timm(TINY)
+    ours = {key: module.eps for key, module in model.named_modules() if hasattr(module, "eps")}
+    assert ours == {key: module.eps for key, module in reference.named_modules() if hasattr(module, "eps")}
+    assert len(ours) == 25
+
+
 def test_drop_path_rates_equal_timm():
     reference = from_timm(TINY, drop_path_rate=0.3)
     model = build_backbone(TINY, drop_path_rate=0.3)
@@ -331,6 +339,15 @@ def test_position_rows_follow_the_tokens(img_size, randomise, assert_equals_refe
         assert torch.equal(ours[:, : kept.shape[1]], kept), what
         assert not ours[:, kept.shape[1] : rows].any(), what  # tokens that the checkpoint did not know
         assert_equals_reference(what, ours[:, rows:], patches)
+
+
+def test_positions_without_tokens_are_not_mistaken_for_a_smaller_grid(randomise, assert_equals_reference):
+    options = {"no_embed_class": True, "reg_tokens": 4}  # 9 positions are 3x3, and with 5 tokens 2x2 were as good
+    state = randomise(small(img_size=48, **options)).state_dict()
+    model = small(**options)
+    load_weights(model, state)
+    expected = resample_abs_pos_embed(state["pos_embed"], (4, 4), (3, 3), num_prefix_tokens=0)
+    assert_equals_reference("positions 3x3 -> 4x4", model.pos_embed.detach(), expected)
 
 
 # Windows
