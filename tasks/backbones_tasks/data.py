@@ -29,8 +29,8 @@ class ShapesOptions:
     """
 
     size: int = 96
-    train: int = 1600
-    val: int = 200
+    train: int = 800
+    val: int = 100
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -209,9 +209,8 @@ class SegmentationData(LightningDataModule):
         return list(self.classes.names)
 
     @property
-    def class_ids(self) -> list[int]:
-        """The values of the classes in mask files."""
-        return list(self.classes.ids)
+    def num_classes(self) -> int:
+        return len(self.classes.names)
 
     @property
     def ignore_index(self) -> int:

@@ -12,10 +12,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from backbones.errors import InputError, WeightsError
+from backbones.errors import InputError
 
 from .images import IMAGE_SUFFIXES, UNREADABLE, read_image
 from .pictures import index_png, overlay, palette
+from .runs import read_checkpoint
 
 TASKS = ("segmentation",)
 
@@ -72,14 +73,7 @@ def load_task(checkpoint: Path, device: str = "cpu"):
     """
     from .task import SegmentationTask
 
-    if not checkpoint.is_file():
-        raise WeightsError(f"{checkpoint}: no such checkpoint; a run keeps them in its folder checkpoints/")
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except Exception as error:  # zipfile's and pickle's many ways to fail
-        raise WeightsError(f"{checkpoint} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict) or not {"state_dict", "hyper_parameters"} <= content.keys():
-        raise WeightsError(f"{checkpoint} is no checkpoint of `backbones fit segmentation`")
+    read_checkpoint(checkpoint)
     task = SegmentationTask.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
     return task.to(device).eval()
 

@@ -51,7 +51,7 @@ def build_segmenter(
     Raises:
         InputError: an unknown architecture or option, or a backbone whose maps do not fit
     """
-    model_class = _find_architecture(architecture)
+    model_class = find_architecture(architecture)
     if num_classes < 1:
         raise InputError(f"num_classes={num_classes}: a segmenter needs at least one class")
     known = {name: parameter.default for name, parameter in inspect.signature(model_class).parameters.items()}
@@ -186,7 +186,8 @@ def _registered(channels: Sequence[int]) -> Iterator[str]:
         del smp.encoders.encoders[name]
 
 
-def _find_architecture(architecture: str) -> type[nn.Module]:
+def find_architecture(architecture: str) -> type[nn.Module]:
+    """The smp class of an architecture; `InputError` with the nearest name if there is none."""
     if architecture == "smp/dpt":
         raise InputError("smp/dpt reads tokens and a class token from inside a ViT, which feature maps do not carry")
     if architecture not in ARCHITECTURES:

@@ -1,0 +1,187 @@
+"""What a run leaves behind: checkpoints, metrics, pictures, and lines on the screen."""
+
+import csv
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from .pictures import save_curves, save_predictions
+
+PICTURED = 6  # validation images in predictions.png
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that are whole or not there, whenever the process is killed, and that cannot run code.
+
+    Lightning's own writes to the system's temporary folder first, and moving from there to another disk is a copy.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.unfinished")
+        with unfinished.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True) -> dict:
+        return super().load_checkpoint(path, map_location, weights_only=True)
+
+
+def checkpoints(run: Path) -> list[ModelCheckpoint]:
+    """Keep the best by mIoU and the last; the last is written second, and so knows of the best."""
+    common = {"dirpath": run / "checkpoints", "save_on_train_epoch_end": True, "enable_version_counter": False}
+    return [
+        ModelCheckpoint(filename="best", monitor="mIoU", mode="max", **common),
+        ModelCheckpoint(filename="last", **common),
+    ]
+
+
+class EpochLog(Callback):
+    """One row per epoch in `metrics.csv`, `curves.png` after it, and one line on the screen.
+
+    A resumed run keeps the rows of earlier epochs.
+    """
+
+    def __init__(self, run: Path):
+        self.file = run / "metrics.csv"
+        self.curves = run / "curves.png"
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        values = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        row = {
+            "epoch": trainer.current_epoch,
+            "step": trainer.global_step,
+            **{name: values.get(name, "") for name in ("train_loss", "val_loss", "mIoU", "pixel_acc")},
+            **{name: value for name, value in values.items() if name.startswith("IoU_")},
+            "lr": max(group["lr"] for group in trainer.optimizers[0].param_groups),
+            "seconds": round(time.perf_counter() - self.started, 2),
+            "peak_memory_mb": round(peak_memory_mb()),
+        }
+        rows = [old for old in read_metrics(self.file) if int(old["epoch"]) < trainer.current_epoch]
+        _write_csv(self.file, [*rows, row])
+        save_curves(self.curves, self.file)
+        epoch = f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}"
+        scores = "".join(
+            f"  {label} {row[name]:.3f}"
+            for label, name in (
+                ("loss", "train_loss"),
+                ("val loss", "val_loss"),
+                ("mIoU", "mIoU"),
+                ("pixel acc", "pixel_acc"),
+            )
+            if row[name] != ""
+        )
+        say(trainer, f"{epoch}{scores}  {row['seconds']:.1f} s")
+
+
+class PredictionPicture(Callback):
+    """`predictions.png`: validation images beside the truth and the prediction, anew with every better epoch."""
+
+    def __init__(self, run: Path):
+        self.file = run / "predictions.png"
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        score, best = trainer.callback_metrics.get("mIoU"), trainer.checkpoint_callback.best_model_score
+        if not trainer.is_global_zero or score is None or (best is not None and score <= best):
+            return
+        dataset = trainer.datamodule.datasets["val"]
+        chosen = torch.linspace(0, len(dataset) - 1, min(PICTURED, len(dataset))).long().tolist()
+        images, truths, predictions = [], [], []
+        pl_module.eval()
+        with torch.inference_mode(), trainer.precision_plugin.forward_context():
+            for image, mask in (dataset[i] for i in chosen):
+                predictions.append(pl_module(image[None].to(pl_module.device)).argmax(1)[0].cpu().numpy())
+                images.append((image * 255).byte().permute(1, 2, 0).numpy())
+                truths.append(mask.numpy())
+        pl_module.train()
+        save_predictions(
+            self.file, images, truths, predictions, pl_module.class_names, pl_module.hparams["ignore_index"]
+        )
+
+
+class Progress(TQDMProgressBar):
+    """Lightning's bar where there is a terminal; in a log file, only the line of `EpochLog` per epoch."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=int(sys.stderr.isatty()))
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
+
+
+def say(trainer: Trainer, line: str) -> None:
+    """Print a line without tearing the progress bar."""
+    bar = trainer.progress_bar_callback
+    if bar is not None and bar.is_enabled:
+        bar.print(line)
+    else:
+        print(line, flush=True)
+
+
+def quiet() -> None:
+    """Silence what Lightning and its libraries say and a user can do nothing about."""
+    import logging
+
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers.*",
+        ".*`num_workers`.*",
+        ".*number of training batches.*smaller than the logging interval.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*GPU available but not used.*",
+        ".*The dirpath has changed.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*eval mode at the start of training.*",
+        ".*`lr_scheduler.step\\(\\)` before.*",
+        ".*is a bool but .*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def read_metrics(file: Path) -> list[dict[str, str]]:
+    """Rows of a `metrics.csv`; none if there is no such file."""
+    if not file.is_file():
+        return []
+    with file.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def peak_memory_mb() -> float:
+    """The most memory used so far: by tensors on the GPU where there is one, else by the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    unfinished = file.with_name(f".{file.name}.unfinished")
+    with unfinished.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(unfinished, file)
