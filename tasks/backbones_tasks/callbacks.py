@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -87,7 +88,12 @@ class EpochLog(Callback):
             )
             if row[name] != ""
         )
-        say(trainer, f"{epoch}{scores}  {row['seconds']:.1f} s")
+        _say(trainer, f"{epoch}{scores}  {row['seconds']:.1f} s")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
+            run = shlex.quote(str(self.file.parent))
+            print(f"\nstopped; go on with: backbones fit segmentation --out {run} --ckpt_path last")
 
 
 class PredictionPicture(Callback):
@@ -127,7 +133,7 @@ class Progress(TQDMProgressBar):
         return metrics
 
 
-def say(trainer: Trainer, line: str) -> None:
+def _say(trainer: Trainer, line: str) -> None:
     """Print a line without tearing the progress bar."""
     bar = trainer.progress_bar_callback
     if bar is not None and bar.is_enabled:

@@ -1,6 +1,7 @@
 """`backbones fit | validate | test segmentation`: Lightning's command line, run folders, resuming."""
 
 import argparse
+import difflib
 import json
 import re
 import shlex
@@ -60,9 +61,6 @@ def _fit(own: argparse.Namespace, argv: list[str]) -> int:
                 "starting anew: this run has no checkpoint yet" if checkpoint is None else f"going on from {checkpoint}"
             )
     trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
-    if trainer.interrupted:
-        print(f"stopped; go on with: backbones fit {TASK} --ckpt_path last --out {shlex.quote(str(run))}")
-        return 130
     if trainer.is_global_zero and not trainer.fast_dev_run:
         report(run, cli.datamodule)
     return 0
@@ -152,9 +150,11 @@ class CommandLine(LightningCLI):
             raise InputError(f'model.backbone: the options {sorted(backbone)} lack "name"')
         backbone_info(name)  # an unknown name is refused here, with the nearest one
         find_architecture(self.config.model.decoder)
-        self.run_folder = self.claim_run() if self.claim_run else None
 
     def instantiate_trainer(self, **options: Any) -> Trainer:
+        if self.claim_run:
+            self.datamodule.setup("fit")  # faulty data are found now, and leave no run folder behind
+            self.run_folder = self.claim_run()
         run = self.run_folder
         callbacks = [Progress()]
         if run is None:
@@ -232,7 +232,7 @@ def _explain(message: str, parser: LightningArgumentParser) -> str:
     """The parser's message, with the nearest option where one is unknown."""
     unknown = re.search(r"unrecognized arguments: (?:--)?([\w.]+)", message)
     in_group = re.search(r"[Gg]roup '([\w.]+)' does not accept option '([\w.]+)'", message)
-    key = re.search(r"[Kk]ey '([\w.]+)' is not expected", message)
+    key = re.search(r"(?:[Oo]ption|[Kk]ey) '([\w.]+)' is not (?:accepted|expected)", message)
     if not (unknown or in_group or key):
         return message
     name = f"{in_group[1]}.{in_group[2]}" if in_group else (unknown or key)[1]
