@@ -220,6 +220,8 @@ class SegmentationData(LightningDataModule):
         """Find, pair and check the files of the splits that the stage needs; `DataError` names the faulty ones."""
         splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]
         splits = [split for split in splits if split not in self.datasets]
+        if not splits:  # done before: the command line asks first, so that faulty data start no run
+            return
         if self.root is None:
             for split in splits:
                 length = self.shapes.train if split == "train" else self.shapes.val
