@@ -156,6 +156,7 @@ def quiet() -> None:
         ".*GPU available but not used.*",
         ".*The dirpath has changed.*",
         ".*isinstance.treespec, LeafSpec.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",
         ".*eval mode at the start of training.*",
         ".*`lr_scheduler.step\\(\\)` before.*",
         ".*is a bool but .*",

@@ -178,7 +178,7 @@ class SegmentationData(LightningDataModule):
         root: str | None = None,
         classes: list[str] | None = None,
         ignore_index: int | None = None,
-        batch_size: int = 16,
+        batch_size: int = 8,
         crop_size: int = 320,
         scale: tuple[float, float] = (0.5, 2.0),
         flip: float = 0.5,
