@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import pickle
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -125,17 +126,22 @@ def load_weights(model: "Backbone", source: str | os.PathLike | Mapping[str, Ten
         WeightsError: the file cannot be read, or under 90 % of the parameters or tensors of the backbone fit;
             nothing has been loaded then.
     """
-    state = _state_dict(source if isinstance(source, Mapping) else read_checkpoint(source))
-    own = model.state_dict()
     report = LoadReport(source="state dict" if isinstance(source, Mapping) else str(source))
-    state, report.layout, report.prefix = _recognise(state, own, (KeyLayout(model.own_layout), *model.key_layouts))
+    checkpoint = _state_dict(source if isinstance(source, Mapping) else read_checkpoint(source), report.source)
+    own = model.state_dict()
+    layouts = (KeyLayout(model.own_layout), *model.key_layouts)
+    state, report.layout, report.prefix = _recognise(checkpoint, own, layouts)
+    report.unexpected = {k: tuple(v.shape) for k, v in checkpoint.items() if not k.startswith(report.prefix)}
 
     fitting = {}
     for name, value in state.items():
         if name not in own:
             report.unexpected[name] = tuple(value.shape)
             continue
-        fitted = _fit(model, name, value, own[name], state)
+        try:
+            fitted = _fit(model, name, value, own[name], state)
+        except WeightsError as error:
+            raise WeightsError(f"{report.source}: {error}") from None
         if fitted.shape != own[name].shape:
             report.mismatched[name] = (tuple(value.shape), tuple(own[name].shape))
             continue
@@ -183,17 +189,27 @@ def read_checkpoint(path: str | os.PathLike) -> Mapping:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format has its own ways to fail, from zipfile's to pickle's
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise WeightsError(
-            f"{path} ({path.stat().st_size:,} bytes) cannot be read as a checkpoint: {reason}. If it was downloaded, "
-            "download it again; if it holds more than tensors, save its state dict alone with torch.save"
+            f"{path} ({path.stat().st_size:,} bytes) cannot be read as a checkpoint: {_reason(error)}. "
+            "If it was downloaded, download it again; if it holds more than tensors, save its state dict alone with "
+            "torch.save"
         ) from error
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path} holds a {type(content).__name__}; expected a state dict or a dict that has one")
     return content
 
 
-def _state_dict(content: Mapping) -> dict[str, Tensor]:
+def _reason(error: Exception) -> str:
+    """Why a file could not be read, without torch's advice to run the code in it."""
+    message = str(error).strip()
+    if found := re.search(r"\bGLOBAL (\S+)", message):
+        return f"it holds a {found[1]}, which may run code"
+    if not message or isinstance(error, (pickle.UnpicklingError, KeyError, EOFError)):
+        return "it is no torch file, or a part of one"
+    return re.split(r"\. |\n", message)[0]
+
+
+def _state_dict(content: Mapping, source: str) -> dict[str, Tensor]:
     """The tensors of a checkpoint, taken out of the containers that releases wrap around them."""
     while True:
         inner = next((content[key] for key in _CONTAINERS if isinstance(content.get(key), Mapping)), None)
@@ -202,8 +218,8 @@ def _state_dict(content: Mapping) -> dict[str, Tensor]:
         content = inner
     state = {k: v for k, v in content.items() if isinstance(v, Tensor)}
     if not state:
-        keys = ", ".join(map(str, list(content)[:8]))
-        raise WeightsError(f"the checkpoint holds no tensors where a state dict was looked for; its keys: {keys}")
+        keys = ", ".join(map(str, list(content)[:8])) or "none"
+        raise WeightsError(f"{source} holds no tensors where a state dict was looked for; its keys: {keys}")
     return state
 
 
@@ -275,17 +291,20 @@ def _fetch_from_hub(row: Weights, name: str) -> Path:
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     repo, _, revision = row.source.removeprefix("hf-hub:").partition("@")
+    unreachable = None
     for filename in ("model.safetensors", "pytorch_model.bin"):
         try:
             return Path(hf_hub_download(repo, filename, revision=revision or None))
         except LocalEntryNotFoundError as error:  # offline, or no network, and not in the cache
-            raise WeightsError(
-                f"{name}: weights {row.tag!r} are not in the local cache and could not be downloaded "
-                f"({str(error).splitlines()[0]}). Where there is a network, run `hf download {repo} {filename}`; "
-                "then copy that file here and pass pretrained=PATH, or copy the cache and set HF_HOME"
-            ) from error
+            unreachable = unreachable or error
         except EntryNotFoundError:
             continue
         except Exception as error:  # no such repository, no access, a broken connection
             raise WeightsError(f"{name}: weights {row.tag!r} could not be fetched from {repo}: {error}") from error
+    if unreachable:
+        raise WeightsError(
+            f"{name}: weights {row.tag!r} are not in the local cache and could not be downloaded "
+            f"({str(unreachable).splitlines()[0]}). Where there is a network, run `hf download {repo}`; "
+            "then copy the weights here and pass pretrained=PATH, or copy the cache and set HF_HOME"
+        ) from unreachable
     raise WeightsError(f"{name}: {repo} on the hub holds neither model.safetensors nor pytorch_model.bin")
