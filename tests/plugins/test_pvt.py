@@ -18,7 +18,7 @@ PARAMETERS = {
     "pvt_v2_b4": 62_556_072,
     "pvt_v2_b5": 81_956_008,
 }
-QUICK = ("pvt_v2_b0", "pvt_v2_b1", "pvt_v2_b2_li")
+QUICK = ("pvt_v2_b0", "pvt_v2_b2_li")
 VARIANTS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in PARAMETERS]
 
 
