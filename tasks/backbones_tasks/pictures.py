@@ -13,13 +13,13 @@ IGNORED: Colour = (0, 0, 0)
 
 
 def palette(num_classes: int) -> list[Colour]:
-    """Colours that neighbours in the list can be told apart by; the same for the same class everywhere."""
-    colours = []
-    for i in range(num_classes):
+    """Colours that neighbours in the list can be told apart by; the first, often the background, is dark."""
+    colours: list[Colour] = [(44, 50, 62)]
+    for i in range(1, num_classes):
         hue = i * 0.618034 % 1  # the golden ratio spreads hues evenly, however many there are
         rgb = colorsys.hsv_to_rgb(hue, (0.85, 0.55)[i // 8 % 2], (0.95, 0.7)[i // 4 % 2])
         colours.append(tuple(round(255 * c) for c in rgb))
-    return colours
+    return colours[:num_classes]
 
 
 def colourise(mask: np.ndarray, colours: Sequence[Colour]) -> np.ndarray:
