@@ -5,8 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from backbones import weights
 from backbones.errors import InputError, WeightsError
 
 RUNS = Path("runs")
@@ -73,10 +72,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise WeightsError(f"{path}: no such checkpoint; a run keeps them in its folder checkpoints/")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zipfile's and pickle's many ways to fail
-        raise WeightsError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict) or not {"state_dict", "hyper_parameters"} <= content.keys():
+    content = weights.read_checkpoint(path)
+    if not {"state_dict", "hyper_parameters"} <= content.keys():
         raise WeightsError(f"{path} is no checkpoint of `backbones fit`")
     return content
