@@ -122,7 +122,7 @@ class CommandLine(LightningCLI):
                 "allow_abbrev": False,
             },
             trainer_defaults={
-                "max_epochs": 8,
+                "max_epochs": 6,
                 "precision": "bf16-mixed" if bf16 else "32-true",
                 "gradient_clip_val": 1.0,
                 "num_sanity_val_steps": 0,
