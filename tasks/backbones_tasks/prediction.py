@@ -82,7 +82,7 @@ def load_task(checkpoint: Path, device: str = "cpu"):
 def label(task: torch.nn.Module, image: np.ndarray, window: int, overlap: float) -> np.ndarray:
     """Class indices (H, W) of an image (H, W, 3) uint8; images larger than `window` are read in windows."""
     device = next(task.parameters()).device
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     return slide(lambda part: task(part.to(device).float() / 255), pixels, window, overlap).argmax(0).cpu().numpy()
 
 

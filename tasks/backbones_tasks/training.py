@@ -222,7 +222,7 @@ def _find_run(own: argparse.Namespace) -> tuple[Path | None, Path | None]:
     else:
         checkpoint = Path(own.ckpt_path)
         run = checkpoint.parent.parent
-        if own.out is not None and Path(own.out).resolve() != run.resolve():
+        if not is_run(run) or (own.out is not None and Path(own.out).resolve() != run.resolve()):
             run = None  # a new run that begins with the state of another
     read_checkpoint(checkpoint)
     return run, checkpoint
