@@ -77,7 +77,8 @@ class EpochLog(Callback):
         rows = [old for old in read_metrics(self.file) if int(old["epoch"]) < trainer.current_epoch]
         _write_csv(self.file, [*rows, row])
         save_curves(self.curves, self.file)
-        epoch = f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}"
+        end = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
+        epoch = f"epoch {trainer.current_epoch + 1:>3}{end}"
         scores = "".join(
             f"  {label} {row[name]:.3f}"
             for label, name in (
@@ -158,8 +159,6 @@ def quiet() -> None:
         ".*isinstance.treespec, LeafSpec.*",
         ".*callbacks used to create the checkpoint need to be provided.*",
         ".*eval mode at the start of training.*",
-        ".*`lr_scheduler.step\\(\\)` before.*",
-        ".*is a bool but .*",
     ):
         warnings.filterwarnings("ignore", message)
 
