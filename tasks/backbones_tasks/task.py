@@ -122,7 +122,9 @@ class SegmentationTask(LightningModule):
             loss = self.loss(logits, masks) + AUX_WEIGHT * self.loss(aux, masks)
         else:
             loss = self.loss(logits, masks)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images))
+        self.log(
+            "train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images), sync_dist=True
+        )
         return loss
 
     def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
@@ -184,6 +186,6 @@ class SegmentationTask(LightningModule):
         hits = matrix.diag()
         union = matrix.sum(0) + matrix.sum(1) - hits
         iou = hits / union  # nan for a class that is neither there nor predicted; it does not count
-        self.log("mIoU", iou.nanmean().nan_to_num(), prog_bar=True)
-        self.log("pixel_acc", hits.sum() / matrix.sum().clamp(min=1))
-        self.log_dict({f"IoU_{name}": value for name, value in zip(self.class_names, iou, strict=True)})
+        self.log("mIoU", iou.nanmean().nan_to_num(), prog_bar=True, sync_dist=True)
+        self.log("pixel_acc", hits.sum() / matrix.sum().clamp(min=1), sync_dist=True)
+        self.log_dict({f"IoU_{name}": value for name, value in zip(self.class_names, iou, strict=True)}, sync_dist=True)

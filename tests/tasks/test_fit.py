@@ -296,7 +296,7 @@ def test_scores_are_those_of_the_formula():
     task = SegmentationTask(num_classes=3, decoder_options={"decoder_channels": 8})
     logged = {}
     task.log = lambda name, value, **options: logged.update({name: float(value)})
-    task.log_dict = lambda values: logged.update({name: float(value) for name, value in values.items()})
+    task.log_dict = lambda values, **options: logged.update({name: float(value) for name, value in values.items()})
     truth = torch.tensor([[0, 0, 0, 1, 255]])
     prediction = torch.tensor([[0, 0, 1, 1, 2]])
     task.confusion.update(prediction, truth)
@@ -366,6 +366,16 @@ def test_a_killed_run_goes_on_exactly(workplace):
         rows(workplace / "whole", *timing) == rows(workplace / "again", *timing) == rows(workplace / "killed", *timing)
     )
     assert same(weights(workplace / "whole"), weights(workplace / "killed"))
+
+
+@pytest.mark.slow  # two processes
+def test_two_processes_share_the_work_and_the_run_folder(workplace):
+    script = workplace / "go.py"  # Lightning starts the second process by this name
+    script.write_text("import sys; from backbones.cli import main; sys.exit(main())")
+    command = [sys.executable, script, "fit", "segmentation", *SMALL]
+    subprocess.run([*command, "--trainer.devices=2", "--trainer.strategy=ddp"], check=True)
+    assert [path.name for path in (workplace / "runs").iterdir()] == ["segmentation-001"]
+    assert [row["step"] for row in rows(workplace / "runs" / "segmentation-001")] == ["2", "4", "6"]
 
 
 @pytest.mark.slow  # the training that the README promises: minutes on two cores
