@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .errors import InputError
-from .layers import Blocks, Linear, ceil_div, crop_to, init_linear, layer_norm_2d, pad_to_multiple
+from .layers import (
+    Blocks,
+    Linear,
+    RelativePositionBias,
+    ceil_div,
+    crop_to,
+    init_linear,
+    layer_norm_2d,
+    pad_to_multiple,
+)
 from .weights import KeyLayout
 
 __all__ = ["Backbone", "FeatureInfo", "wrap"]
@@ -163,8 +172,8 @@ class Backbone(nn.Module, metaclass=_Finished):
             return self.forward_head(features)
         height, width = images.shape[-2:]
         return [
-            crop_to(norm(features[i]), ceil_div(height, stride), ceil_div(width, stride))
-            for i, norm, stride in zip(self.out_indices, self.out_norms, self.strides, strict=True)
+            crop_to(self.out_norms[str(i)](features[i]), ceil_div(height, stride), ceil_div(width, stride))
+            for i, stride in zip(self.out_indices, self.strides, strict=True)
         ]
 
     def forward_features(self, images: Tensor) -> Sequence[Tensor] | Mapping[int, Tensor] | Tensor:
@@ -253,15 +262,20 @@ class Backbone(nn.Module, metaclass=_Finished):
         return layer_norm_2d(channels)
 
     def adapt_table(self, name: str, value: Tensor, checkpoint: Mapping[str, Tensor]) -> Tensor:
-        """A size-dependent table of a checkpoint in this model's size; as it is unless an architecture resizes it."""
-        return value
+        """A size-dependent table of a checkpoint in this model's size; relative position tables are resized."""
+        owner = self.get_submodule(name.rpartition(".")[0])
+        return owner.fit(value) if isinstance(owner, RelativePositionBias) else value
 
     # How it is put together
 
     def _finish(self) -> None:
         if self.features_only:
-            self.out_norms = nn.ModuleList(
-                self.make_out_norm(c) if self.out_norm else nn.Identity() for c in self.out_channels
+            # Named by index, so that a part of a pyramid takes the weights of all of it.
+            self.out_norms = nn.ModuleDict(
+                {
+                    str(i): self.make_out_norm(c) if self.out_norm else nn.Identity()
+                    for i, c in zip(self.out_indices, self.out_channels, strict=True)
+                }
             )
         else:
             self.norm = self.make_norm()

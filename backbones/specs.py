@@ -114,6 +114,7 @@ class BackboneSpec(_Record):
         weights: published weights; the first is what `pretrained=True` loads.
         aliases: other names for the same thing, such as timm's and torchvision's.
         params: parameters of the published model, in millions.
+        gmacs: multiply-adds of the published model for one image of 224 x 224, in billions.
         summary: one line for people.
         paper: address of the paper.
         license: licence of the code, as an SPDX identifier.
@@ -132,6 +133,7 @@ class BackboneSpec(_Record):
     weights: tuple[Weights, ...] = ()
     aliases: tuple[str, ...] = ()
     params: float | None = None
+    gmacs: float | None = None
     summary: str = ""
     paper: str = ""
     license: str = ""
@@ -159,8 +161,10 @@ class BackboneSpec(_Record):
         self._require(len(set(tags)) == len(tags), "weights", "give each tag once")
         aliases = isinstance(self.aliases, tuple) and all(is_name(a) for a in self.aliases)
         self._require(aliases, "aliases", "give a tuple of names")
-        number = isinstance(self.params, (int, float)) and self.params > 0
-        self._require(self.params is None or number, "params", "give millions of parameters, or leave it out")
+        for name, unit in (("params", "millions of parameters"), ("gmacs", "billions of multiply-adds")):
+            value = getattr(self, name)
+            number = value is None or (isinstance(value, (int, float)) and value > 0)
+            self._require(number, name, f"give {unit}, or leave it out")
         for name in ("summary", "paper", "license"):
             self._require(isinstance(getattr(self, name), str), name, "give a string")
         self._require(

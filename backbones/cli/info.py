@@ -23,6 +23,7 @@ def run(args: argparse.Namespace) -> int:
         "channels": " ".join(map(str, info.channels)),
         "strides": " ".join(map(str, info.strides)),
         "parameters": "" if info.params is None else f"{info.params} M",
+        "GMACs": "" if info.gmacs is None else f"{info.gmacs} at 224 x 224",
         "aliases": ", ".join(info.aliases),
         "options": ", ".join(f"{option}={value!r}" for option, value in info.defaults.items()),
         "entry": info.entry,

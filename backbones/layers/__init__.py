@@ -3,23 +3,29 @@
 from .attention import Attention, attend
 from .blocks import Blocks, residual, run_blocks
 from .cache import TableCache
+from .conv import ConvNorm, activate, pad_same
 from .linear import Linear, Mlp, gelu, init_linear
 from .norm import layer_norm_2d
 from .padding import ceil_div, crop_to, pad_to_multiple
+from .relative_position import RelativePositionBias
 from .window import window_partition, window_unpartition
 
 __all__ = [
     "Attention",
     "Blocks",
+    "ConvNorm",
     "Linear",
     "Mlp",
+    "RelativePositionBias",
     "TableCache",
+    "activate",
     "attend",
     "ceil_div",
     "crop_to",
     "gelu",
     "init_linear",
     "layer_norm_2d",
+    "pad_same",
     "pad_to_multiple",
     "residual",
     "run_blocks",

@@ -5,8 +5,9 @@ import timm
 import torch
 from timm.models.pvt_v2 import checkpoint_filter_fn
 
-from backbones import backbone_info, build_backbone
+from backbones import build_backbone
 from backbones.weights import load_weights
+from backbones_pvt.pvt_v2 import TIMM
 
 # with 1000 classes
 PARAMETERS = {
@@ -27,10 +28,6 @@ def reference(randomise):
     return randomise(timm.create_model("pvt_v2_b0"))
 
 
-def count(model):
-    return sum(p.numel() for p in model.parameters())
-
-
 def official(state):
     """timm's state under the names of the official release."""
     renamed = {}
@@ -48,33 +45,13 @@ def official(state):
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_parameters_are_as_published(name):
-    with torch.device("meta"):
-        assert count(timm.create_model(name)) == PARAMETERS[name]
-        classifier = build_backbone(name, features_only=False)
-        assert count(classifier) == PARAMETERS[name]
-        assert count(build_backbone(name)) == PARAMETERS[name] - count(classifier.head)
-    assert backbone_info(name).params == round(PARAMETERS[name] / 1e6, 2)
+def test_parameters_are_as_published(name, assert_parameters_as_published):
+    assert_parameters_as_published(name, PARAMETERS[name], timm_name=name)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_logits_and_maps_equal_timm(name, randomise, assert_equals_reference):
-    reference = randomise(timm.create_model(name))
-    classifier = build_backbone(name, features_only=False).eval()
-    backbone = build_backbone(name).eval()
-    assert not load_weights(classifier, reference.state_dict()).missing
-    assert not load_weights(backbone, reference.state_dict()).missing
-    for size in [(224, 224), (250, 333)]:
-        images = torch.randn(1, 3, *size)
-        with torch.inference_mode():
-            features = reference.forward_features(images)
-            expected = reference.forward_intermediates(images, intermediates_only=True)
-            assert_equals_reference(f"{name} logits", classifier(images), reference(images))
-            assert_equals_reference(f"{name} features", classifier.forward_features(images), features)
-            pooled = classifier.forward_head(features, pre_logits=True)
-            assert_equals_reference(f"{name} pre-logits", pooled, reference.forward_head(features, pre_logits=True))
-            for stride, ours, theirs in zip(backbone.strides, backbone(images), expected, strict=True):
-                assert_equals_reference(f"{name} stride {stride}", ours, theirs)
+def test_logits_and_maps_equal_timm(name, assert_equals_timm):
+    assert_equals_timm(name, name, sizes=[(224, 224), (250, 333)])
 
 
 def test_maps_smaller_than_a_reduction_kernel_are_finite():
@@ -84,28 +61,15 @@ def test_maps_smaller_than_a_reduction_kernel_are_finite():
 
 
 @pytest.mark.parametrize("name", ["pvt_v2_b0", "pvt_v2_b2_li"])
-def test_gradients_equal_timm(name, randomise, assert_equals_reference):
+def test_gradients_equal_timm(name, randomise, load_pair, assert_gradients_equal):
     reference = randomise(timm.create_model(name))
-    model = build_backbone(name, features_only=False).eval()
-    load_weights(model, reference.state_dict())
-    images, upstream = torch.randn(2, 3, 64, 96), torch.randn(2, 1000) / 1000
-    (model(images) * upstream).sum().backward()
-    (reference(images) * upstream).sum().backward()
-    theirs = {k: p.grad for k, p in reference.named_parameters()}
-    theirs = model.key_layouts[0].convert(theirs)
-    for key, parameter in model.named_parameters():
-        scale = theirs[key].abs().max().clamp(min=1e-3)
-        assert (parameter.grad - theirs[key]).abs().max() <= 1e-4 * scale, key
+    model, _ = load_pair(name, reference)
+    assert_gradients_equal(model, reference, TIMM)
 
 
 @pytest.mark.parametrize("name", ["pvt_v2_b0", "pvt_v2_b2_li"])
-def test_norms_have_the_epsilon_of_timm(name):
-    """Which random activations are too large to show."""
-    model, reference = build_backbone(name, features_only=False), timm.create_model(name)
-    ours = {f"{key}.": module.eps for key, module in model.named_modules() if hasattr(module, "eps")}
-    theirs = {f"{key}.": module.eps for key, module in reference.named_modules() if hasattr(module, "eps")}
-    assert ours == model.key_layouts[0].convert(theirs)
-    assert {1e-5, 1e-6} == set(ours.values())
+def test_norms_have_the_epsilon_of_timm(name, assert_epsilons_equal):
+    assert_epsilons_equal(build_backbone(name, features_only=False), timm.create_model(name), TIMM)
 
 
 def test_drop_path_rates_equal_timm():
@@ -168,9 +132,5 @@ def test_reset_classifier():
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_published_weights_are_those_timm_knows(name):
-    for row in backbone_info(name).weights:
-        theirs = timm.get_pretrained_cfg(row.source.removeprefix("hf-hub:timm/"), allow_unregistered=False)
-        assert theirs.hf_hub_id in ("timm/", row.source.removeprefix("hf-hub:"))
-        for field in ("input_size", "mean", "std", "interpolation"):
-            assert getattr(row, field) == getattr(theirs, field), (row.tag, field)
+def test_published_weights_are_those_timm_knows(name, assert_weights_known_to_timm):
+    assert_weights_known_to_timm(name)

@@ -1,0 +1,86 @@
+"""Convolutions with their norm and activation, in as few passes over memory as autograd allows."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import get_same_padding
+from torch import Tensor, nn
+
+from .cache import TableCache
+from .linear import gelu
+
+# What each activation is where autograd needs its input, and where it does not.
+_ACTIVATIONS = {
+    "relu": (F.relu, F.relu_),
+    "silu": (F.silu, torch.ops.aten.silu_),
+}
+
+
+def activate(x: Tensor, act: str | None) -> Tensor:
+    """ "relu", "silu", "gelu", "gelu_tanh" or None of `x`; overwrites `x` where autograd does not need it."""
+    if act is None:
+        return x
+    if act.startswith("gelu"):
+        return gelu(x, "tanh" if act == "gelu_tanh" else "none")
+    needs_input = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
+    return _ACTIVATIONS[act][not needs_input](x)
+
+
+class ConvNorm(nn.Module):
+    """Convolution, BatchNorm, activation: (B, in_chans, H, W) -> (B, out_chans, ceil(H / stride), ceil(W / stride)).
+
+    In eval mode without autograd, the norm is folded into the convolution's weight, once.
+
+    Args:
+        in_chans, out_chans: widths.
+        kernel: side of the kernel, odd.
+        stride: pixels per cell of the output.
+        groups: as in `nn.Conv2d`.
+        act: activation, as `activate` takes it.
+        bias: whether the convolution has a bias beside the norm's.
+        eps: of the norm.
+        same: pad as TensorFlow does, which is asymmetric where the stride is 2.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        out_chans: int,
+        kernel: int = 3,
+        stride: int = 1,
+        groups: int = 1,
+        act: str | None = None,
+        bias: bool = False,
+        eps: float = 1e-5,
+        same: bool = False,
+    ):
+        super().__init__()
+        self.act = act
+        self.same = same and stride > 1  # at stride 1, both ways to pad are one
+        padding = 0 if self.same else kernel // 2
+        self.conv = nn.Conv2d(in_chans, out_chans, kernel, stride, padding, groups=groups, bias=bias)
+        self.norm = nn.BatchNorm2d(out_chans, eps=eps)
+        self._folded = TableCache(entries=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.same:
+            x = pad_same(x, self.conv.kernel_size[0], self.conv.stride[0])
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return activate(self.norm(self.conv(x)), self.act)
+        sources = [*self.parameters(), self.norm.running_mean, self.norm.running_var]
+        weight, bias = self._folded.get((), sources, self.fold)
+        conv = self.conv
+        return activate(F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups), self.act)
+
+    def fold(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the one convolution that does both."""
+        norm, weight = self.norm, self.conv.weight
+        scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
+        mean = norm.running_mean.double() - (0 if self.conv.bias is None else self.conv.bias.double())
+        bias = norm.bias.double() - mean * scale
+        return (weight * scale[:, None, None, None]).to(weight), bias.to(weight)
+
+
+def pad_same(x: Tensor, kernel: int, stride: int, value: float = 0.0) -> Tensor:
+    """Pads (B, C, H, W) as TensorFlow's SAME does: to ceil(side / stride) cells, the odd pixel last."""
+    height, width = (get_same_padding(side, kernel, stride, 1) for side in x.shape[-2:])
+    return F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2), value=value)

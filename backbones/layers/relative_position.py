@@ -1,0 +1,75 @@
+"""Relative position biases: what attention adds to its logits for the offset between two cells."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .cache import TableCache
+from .padding import is_exporting
+
+
+class RelativePositionBias(nn.Module):
+    """A learned number per head and offset, on any grid; tables for another size are resized bicubically.
+
+    Called with the height and width of the grid that attends, it returns (1, heads, N, N) for its N cells in
+    row-major order.
+
+    Args:
+        size: side of the square grid that the table is made for, or its height and width.
+        heads: number of heads.
+    """
+
+    def __init__(self, size: int | tuple[int, int], heads: int):
+        super().__init__()
+        self.size = (size, size) if isinstance(size, int) else tuple(size)
+        self.heads = heads
+        self.table = nn.Parameter(torch.zeros(_offsets(self.size[0]) * _offsets(self.size[1]), heads))
+        nn.init.trunc_normal_(self.table, std=0.02)
+        self._biases = TableCache(entries=2)  # the square of a map's cells, times heads: worth keeping few
+
+    def forward(self, height: int, width: int) -> Tensor:
+        return self._biases.get((height, width), self.table, lambda: self._bias(height, width))
+
+    def _bias(self, height: int, width: int) -> Tensor:
+        table = _resize(self.table.t().unflatten(1, tuple(map(_offsets, self.size))), height, width)
+        rows = _differences(height, table.device)[:, None, :, None]
+        columns = _differences(width, table.device)[None, :, None, :]
+        index = rows * _offsets(width) + columns  # (height, width, height, width): query to key
+        return table.index_select(1, index.flatten()).reshape(1, self.heads, height * width, height * width)
+
+    def fit(self, table: Tensor) -> Tensor:
+        """A checkpoint's table in this one's shape.
+
+        Args:
+            table: (offsets, heads) of a square grid, query minus key, as Swin stores it; or (heads, rows, columns),
+                key minus query, as TensorFlow's MaxViT does.
+        """
+        if table.ndim == 3:
+            table = table.flip(1, 2)
+        else:
+            side = round(len(table) ** 0.5)
+            if side * side != len(table):
+                raise InputError(f"a table of {len(table)} relative positions is not that of a square grid")
+            table = table.t().unflatten(1, (side, side))
+        return _resize(table, *self.size).t().contiguous()
+
+
+def _offsets(side: int) -> int:
+    """How many differences there are between two positions of a side."""
+    return 2 * side - 1
+
+
+def _differences(side: int, device: torch.device) -> Tensor:
+    """(side, side): query minus key, counted from 0."""
+    positions = torch.arange(side, device=device)
+    return positions[:, None] - positions + side - 1
+
+
+def _resize(table: Tensor, height: int, width: int) -> Tensor:
+    """(heads, rows, columns) for another grid: (heads, offsets), row-major."""
+    size = (_offsets(height), _offsets(width))
+    # While exporting, the question would fix the size; to its own size, the table is interpolated to itself.
+    if is_exporting() or table.shape[1:] != size:
+        table = F.interpolate(table[None].float(), size=size, mode="bicubic")[0].to(table.dtype)
+    return table.flatten(1)
