@@ -115,6 +115,7 @@ class BackboneSpec(_Record):
         aliases: other names for the same thing, such as timm's and torchvision's.
         params: parameters of the published model, in millions.
         gmacs: multiply-adds of the published model for one image of 224 x 224, in billions.
+        options: options of the architecture that users may want to set, beside those of every backbone.
         summary: one line for people.
         paper: address of the paper.
         license: licence of the code, as an SPDX identifier.
@@ -134,13 +135,14 @@ class BackboneSpec(_Record):
     aliases: tuple[str, ...] = ()
     params: float | None = None
     gmacs: float | None = None
+    options: tuple[str, ...] = ()
     summary: str = ""
     paper: str = ""
     license: str = ""
     requires: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self._freeze("channels", "strides", "defaults", "weights", "aliases", "requires")
+        self._freeze("channels", "strides", "defaults", "weights", "aliases", "options", "requires")
         self._require(is_name(self.name), "name", "use letters, digits, '_', '.' and '-'")
         self._require(isinstance(self.family, str) and self.family != "", "family", "name the architecture")
         entry = isinstance(self.entry, str) and _ENTRY.fullmatch(self.entry)
@@ -165,6 +167,8 @@ class BackboneSpec(_Record):
             value = getattr(self, name)
             number = value is None or (isinstance(value, (int, float)) and value > 0)
             self._require(number, name, f"give {unit}, or leave it out")
+        options = isinstance(self.options, tuple) and all(isinstance(o, str) and o.isidentifier() for o in self.options)
+        self._require(options, "options", "give a tuple of option names")
         for name in ("summary", "paper", "license"):
             self._require(isinstance(getattr(self, name), str), name, "give a string")
         self._require(

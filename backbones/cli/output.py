@@ -27,3 +27,9 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[object]], indent:
     for row in texts:
         cells = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True))
         print((indent + "  ".join(cells)).rstrip())
+
+
+def print_markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table as GitHub and PyPI show it."""
+    for row in (header, ["---"] * len(header), *rows):
+        print(f"| {' | '.join(str(cell) for cell in row)} |")

@@ -68,6 +68,18 @@ def test_list_takes_a_part_of_a_name_or_a_pattern(run_cli):
     assert run_cli("list", "*", "--plugin", "pvt").stdout.count("pvt_v2") == 7
 
 
+def test_list_in_markdown_has_a_row_per_family_from_small_to_large(run_cli):
+    header, rule, row = run_cli("list", "pvt_v2*", "--markdown").stdout.splitlines()
+    assert header.count("|") == rule.count("|") == row.count("|")
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[0] == "[PVTv2](https://arxiv.org/abs/2106.13797)"
+    assert cells[1].split()[0] == "`pvt_v2_b0`"
+    assert cells[1].split()[-1] == "`pvt_v2_b5`"
+    assert cells[2] == "3.67 to 81.96"
+    assert cells[4:6] == ["4 8 16 32", "32 64 160 256 to 64 128 320 512"]
+    assert cells[-2:] == ["7: Apache-2.0", "Apache-2.0"]
+
+
 def test_list_of_nothing_says_so(run_cli):
     result = run_cli("list", "zzz*")
     assert (result.returncode, result.stdout) == (1, "")

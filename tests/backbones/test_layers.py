@@ -12,10 +12,14 @@ from backbones.errors import InputError
 from backbones.layers import (
     Attention,
     Blocks,
+    ConvNorm,
     Linear,
+    RelativePositionBias,
     TableCache,
+    activate,
     attend,
     gelu,
+    pad_same,
     pad_to_multiple,
     residual,
     window_partition,
@@ -117,6 +121,89 @@ def test_blocks_recompute_to_the_same_gradients():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("act", "function"), [(None, lambda x: x), ("relu", F.relu), ("silu", F.silu), ("gelu", F.gelu)]
+)
+def test_activations_overwrite_only_what_autograd_does_not_need(act, function):
+    x = torch.randn(4, 5)
+    needed = x.clone().requires_grad_()
+    assert torch.equal(activate(needed * 1, act), function(x))
+    assert torch.equal(activate(needed.detach().clone(), act), function(x))
+    with torch.no_grad():
+        spare = x.clone()
+        assert torch.equal(activate(spare, act), function(x))
+        assert torch.equal(spare, function(x))
+
+
+class TestConvNorm:
+    @pytest.fixture(params=[{}, {"stride": 2, "act": "silu"}, {"stride": 2, "same": True, "bias": True, "groups": 2}])
+    def layer(self, request, randomise):
+        return randomise(ConvNorm(4, 6, 3, **request.param))
+
+    @pytest.mark.parametrize("size", [(9, 10), (8, 8), (1, 1)])
+    def test_folding_the_norm_changes_nothing(self, layer, size):
+        x = torch.randn(2, 4, *size)
+        with torch.no_grad():
+            folded = layer(x)
+        torch.testing.assert_close(folded, layer(x), atol=1e-5, rtol=1e-5)
+        stride = layer.conv.stride[0]
+        assert folded.shape == (2, 6, -(-size[0] // stride), -(-size[1] // stride))
+
+    def test_a_changed_norm_is_folded_anew(self, layer):
+        x = torch.randn(2, 4, 8, 8)
+        with torch.no_grad():
+            before = layer(x)
+            layer.norm.running_mean.add_(1)
+            after = layer(x)
+        assert (before - after).abs().max() > 0.1
+        torch.testing.assert_close(after, layer(x), atol=1e-5, rtol=1e-5)
+
+    def test_training_learns_statistics(self, layer):
+        layer.train()
+        with torch.no_grad():
+            layer(torch.randn(2, 4, 8, 8))
+        assert layer.norm.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize(("side", "left", "right"), [(8, 0, 1), (9, 1, 1), (1, 1, 1)])
+def test_same_padding_puts_the_odd_pixel_last(side, left, right):
+    padded = pad_same(torch.ones(1, 1, side, side), kernel=3, stride=2)
+    assert padded[0, 0, left].tolist() == [0.0] * left + [1.0] * side + [0.0] * right
+
+
+class TestRelativePositionBias:
+    def reference(self, table, height, width):
+        """(heads, N, N) by loops over queries and keys; table (2 * height - 1, 2 * width - 1, heads)."""
+        cells = [(y, x) for y in range(height) for x in range(width)]
+        rows = [[table[qy - ky + height - 1, qx - kx + width - 1] for ky, kx in cells] for qy, qx in cells]
+        return torch.stack([torch.stack(row) for row in rows]).permute(2, 0, 1)
+
+    def test_a_bias_depends_on_query_minus_key(self):
+        bias = RelativePositionBias((3, 4), heads=2)
+        table = bias.table.detach().reshape(5, 7, 2)
+        assert torch.equal(bias(3, 4)[0], self.reference(table, 3, 4))
+
+    def test_other_grids_get_the_table_resized(self):
+        bias = RelativePositionBias(4, heads=2)
+        table = bias.table.detach().reshape(7, 7, 2).permute(2, 0, 1)
+        for size in [(2, 6), (5, 3), (1, 1)]:
+            resized = F.interpolate(table[None], size=[2 * side - 1 for side in size], mode="bicubic")[0]
+            expected = self.reference(resized.permute(1, 2, 0), *size)
+            torch.testing.assert_close(bias(*size)[0], expected, atol=1e-6, rtol=0)
+
+    def test_a_table_in_the_order_of_tensorflow_is_turned_round(self):
+        bias = RelativePositionBias(3, heads=2)
+        table = torch.randn(2, 5, 5)
+        bias.table.data = bias.fit(table)
+        assert torch.equal(bias(3, 3)[0, :, 0, 4], table[:, 2 + 1, 2 + 1])  # the key is one cell down and right
+
+    def test_a_table_of_another_window_is_resized(self):
+        assert torch.equal(RelativePositionBias(3, heads=2).fit(table := torch.randn(25, 2)), table)
+        assert RelativePositionBias(3, heads=2).fit(torch.randn(49, 2)).shape == (25, 2)
+        with pytest.raises(InputError, match="35 relative positions"):
+            RelativePositionBias(3, heads=2).fit(torch.randn(35, 2))
+
+
 class TestTableCache:
     def test_computes_once_per_size_until_the_source_changes(self):
         cache, source, calls = TableCache(), nn.Parameter(torch.ones(3)), []
@@ -134,6 +221,14 @@ class TestTableCache:
             assert torch.equal(cache.get((1, 2), source, compute), torch.full((3,), 4.0))
             source.data = torch.zeros(3)
             assert torch.equal(cache.get((1, 2), source, compute), torch.zeros(3))
+
+    def test_any_of_several_sources_may_change(self):
+        cache, sources = TableCache(), [torch.ones(3), torch.ones(3)]
+        with torch.no_grad():
+            first = cache.get((), sources, lambda: sources[0] * sources[1])
+            assert cache.get((), sources, lambda: sources[0] * sources[1]) is first
+            sources[1].add_(1)
+            assert torch.equal(cache.get((), sources, lambda: sources[0] * sources[1]), torch.full((3,), 2.0))
 
     def test_computes_anew_where_gradients_flow(self):
         cache, source = TableCache(), nn.Parameter(torch.ones(3))

@@ -21,6 +21,8 @@ def full_spec():
         weights=[Weights(**WEIGHTS, metrics={"imagenet_top1": 70.5})],
         aliases=["net_small"],
         params=3.4,
+        gmacs=0.5,
+        options=["window_size"],
         requires=("einops>=0.7",),
     )
 
@@ -50,6 +52,9 @@ def full_spec():
         ("aliases", ("timm/net",), "tuple of names"),
         ("params", "3.4", "millions of parameters"),
         ("params", -1, "millions of parameters"),
+        ("gmacs", 0, "billions of multiply-adds"),
+        ("options", "window_size", "tuple of option names"),
+        ("options", ("window size",), "tuple of option names"),
         ("summary", None, "give a string"),
         ("requires", "einops", "as pip takes them"),
         ("requires", ("einops; rm -rf /",), "as pip takes them"),
