@@ -55,6 +55,7 @@ class Result:
 
     name: str
     library: str
+    size: str
     maps: str
     params_m: float
     gmacs: float
@@ -86,7 +87,18 @@ def run(args: argparse.Namespace) -> int:
         print_json({"machine": _machine(load), "results": [asdict(row) for row in rows], "geomean_ratio": geomean})
         return 0
     print(_machine(load))
-    header = ("name", "library", "map strides", "params M", "GMACs", "latency ms", "images/s", "peak MB", "timm/ours")
+    header = (
+        "name",
+        "library",
+        "size",
+        "map strides",
+        "params M",
+        "GMACs",
+        "latency ms",
+        "images/s",
+        "peak MB",
+        "timm/ours",
+    )
     print_table(header, [["" if v is None else v for v in asdict(row).values()] for row in rows])
     if ratios:
         print(f"timm's latency over ours: geomean {geomean}, worst {min(ratios)} of {len(ratios)}")
@@ -104,17 +116,33 @@ def _cases(name: str, load: Case, versus: str | None) -> list[Case]:
     known = next((n for n in (info.name, *info.aliases) if timm.is_model(n)), None)
     if known is None:
         raise InputError(f"timm has no {info.name!r} to compare with (tried {', '.join((info.name, *info.aliases))})")
-    options: dict[str, Any] = {"features_only": True}
-    if timm.get_pretrained_cfg(known).fixed_input_size:
-        options["img_size"] = load.size
+    options, size = _timm_options(known, load.size)
+    load = replace(load, size=size)
     levels = timm.create_model(known, **options).feature_info.reduction(None)
     last = {stride: i for i, stride in enumerate(levels)}  # timm lists every block of a plain ViT
     shared = [stride for stride in info.strides if stride in last]
     if not shared:
         raise InputError(f"timm's {known} yields maps of strides {sorted(last)}, and {info.name} of {info.strides}")
     options["out_indices"] = _timm_indices(known, options, shared)
+    ours = replace(load, library="ours", name=info.canonical_name)
     ours = replace(ours, options={"out_indices": tuple(info.strides.index(stride) for stride in shared)})
     return [ours, replace(load, library="timm", name=known, options=options)]
+
+
+def _timm_options(name: str, size: tuple[int, int]) -> tuple[dict[str, Any], tuple[int, int]]:
+    """Options under which timm's model takes images of `size`; where there are none, a size that it takes."""
+    import timm
+    import torch
+
+    native = timm.get_pretrained_cfg(name).input_size[1:]
+    for options, side in (({}, size), ({"img_size": size}, size), ({}, native)):
+        try:
+            with torch.device("meta"), torch.no_grad():
+                timm.create_model(name, features_only=True, **options).eval()(torch.empty(1, 3, *side))
+        except Exception:  # whatever a model raises for a size it was not built for
+            continue
+        return {"features_only": True, **options}, side
+    raise InputError(f"timm's {name} yields maps neither at {size[0]} x {size[1]} nor at its own {native}")
 
 
 def _timm_indices(name: str, options: dict[str, Any], strides: list[int]) -> tuple[int, ...]:
@@ -146,6 +174,7 @@ def _measure(cases: list[Case], seconds: float) -> list[Result]:
         Result(
             name=case.name,
             library=case.library,
+            size="x".join(map(str, case.size)),
             maps=" ".join(map(str, model.feature_info.reduction())),
             params_m=round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
             gmacs=round(_gmacs(case), 2),

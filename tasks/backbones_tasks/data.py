@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from .folders import Classes, Pair, check_pairs, find_pairs, read_classes
+from .folders import Classes, DataError, Pair, check_pairs, find_pairs, read_classes
 from .images import read_image, read_mask
 from .shapes import CLASSES as SHAPE_CLASSES
 from .shapes import draw_scene
@@ -60,6 +60,9 @@ class EqualSizeBatches(Sampler[list[int]]):
     """Batches of indices whose images have one size, so that they can be validated whole; dealt out over the ranks."""
 
     def __init__(self, sizes: list[tuple[int, int]], batch_size: int, rank: int = 0, world_size: int = 1):
+        if len(sizes) < world_size:
+            raise DataError(f"{len(sizes)} images for {world_size} processes: give one per process, or use fewer")
+        batch_size = min(batch_size, len(sizes) // world_size)  # so that no process is without a batch
         by_size: dict[tuple[int, int], list[int]] = {}
         for index, size in enumerate(sizes):
             by_size.setdefault(size, []).append(index)

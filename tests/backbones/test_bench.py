@@ -32,6 +32,7 @@ def test_bench_beside_timm(capsys):  # two processes for the memory figures take
     ours, timms = report["results"]
     assert (ours["library"], timms["library"]) == ("ours", "timm")
     assert ours["maps"] == timms["maps"] == "16"
+    assert ours["size"] == timms["size"] == "64x96"
     assert ours["gmacs"] == timms["gmacs"] > 0
     assert ours["ratio"] == pytest.approx(timms["latency_ms"] / ours["latency_ms"], abs=0.02)
     assert report["geomean_ratio"] == ours["ratio"]
@@ -44,7 +45,19 @@ def test_bench_prints_a_table_of_one_training_step(capsys):
     machine, header, row = capsys.readouterr().out.splitlines()
     assert "forward and backward, float32, batch 2, 64 x 64" in machine
     assert header.split()[:2] == ["name", "library"]
-    assert row.split()[:6] == ["pvt/pvt_v2_b0", "ours", "4", "8", "16", "32"]
+    assert row.split()[:6] == ["pvt/pvt_v2_b0", "ours", "64x64", "4", "8", "16"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "size"),
+    [
+        ("pvt_v2_b0", {}, (96, 128)),  # takes any size as built
+        ("vit_tiny_patch16_224", {"img_size": (96, 128)}, (96, 128)),
+        ("efficientformer_l1", {}, (224, 224)),  # takes its own size only
+    ],
+)
+def test_timm_is_measured_at_the_size_or_where_it_cannot_at_its_own(name, options, size):
+    assert bench._timm_options(name, (96, 128)) == ({"features_only": True} | options, size)
 
 
 def test_names_and_sizes_are_checked_before_anything_is_timed():

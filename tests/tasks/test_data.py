@@ -172,6 +172,13 @@ def test_validation_batches_hold_one_size_and_every_image_once():
     assert sorted(shares[0] + shares[1]) == sorted(batches)
 
 
+def test_every_process_has_a_batch_to_validate():
+    shares = [list(EqualSizeBatches([(10, 10)] * 4, 4, rank, 2)) for rank in range(2)]
+    assert shares == [[[0, 1]], [[2, 3]]]
+    with pytest.raises(DataError, match="4 images for 5 processes"):
+        EqualSizeBatches([(10, 10)] * 4, 4, 0, 5)
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "I;16", "1", "CMYK"])
 def test_images_of_any_mode_are_read_as_rgb(tmp_path, mode):
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")

@@ -1,0 +1,77 @@
+"""What the specs of every plugin we ship say is what the models are."""
+
+import inspect
+import math
+from importlib import import_module
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from backbones import backbone_info, build_backbone, list_backbones
+from backbones.cli import bench
+
+NAMES = list_backbones()
+
+
+def smallest_of_each_family():
+    infos = sorted(map(backbone_info, NAMES), key=lambda info: -info.params)
+    return sorted({info.family: info.name for info in infos}.values())
+
+
+FAMILIES = smallest_of_each_family()
+VARIANTS = [pytest.param(name, marks=() if name in FAMILIES else pytest.mark.slow) for name in NAMES]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_channels_strides_and_parameters_are_as_listed(name, count):
+    info = backbone_info(name)
+    with torch.device("meta"):
+        backbone = build_backbone(name)
+        classifier = build_backbone(name, features_only=False)
+    assert tuple(backbone.out_channels) == info.channels
+    assert tuple(backbone.strides) == info.strides == (4, 8, 16, 32)
+    assert round(count(classifier) / 1e6, 2) == info.params
+
+
+@pytest.mark.parametrize("name", VARIANTS)  # counting takes a second or two for the large ones
+def test_multiply_adds_are_as_listed(name):
+    case = bench.Case("ours", name, {"features_only": False}, (224, 224), 1, False, "float32", "cpu", False)
+    assert bench._gmacs(case) == pytest.approx(backbone_info(name).gmacs, abs=0.006)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_options_are_those_of_the_model(name):
+    info = backbone_info(name)
+    module, _, attribute = info.entry.partition(":")
+    parameters = inspect.signature(getattr(import_module(module), attribute)).parameters
+    common = {"output_stride", "global_pool"}
+    assert set(info.options) <= parameters.keys() | common
+    if {"output_stride"} & set(info.options):
+        build_backbone(name, output_stride=8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_whoever_uses_a_backbone_finds_its_source_and_licence(name):
+    info = backbone_info(name)
+    assert info.paper.startswith("https://")
+    assert info.license
+    assert info.summary
+    assert all(row.license for row in info.weights)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def backbone(request):
+    return build_backbone(request.param).eval()
+
+
+@pytest.mark.slow  # some 250 images, the largest with half a million pixels
+@settings(max_examples=20, deadline=None)
+@given(height=st.integers(1, 700), width=st.integers(1, 700))
+def test_maps_of_any_size_are_as_promised(backbone, height, width):
+    with torch.inference_mode():
+        maps = backbone(torch.randn(1, 3, height, width))
+    sizes = [(math.ceil(height / s), math.ceil(width / s)) for s in (4, 8, 16, 32)]
+    assert [tuple(m.shape[1:]) for m in maps] == [(c, *s) for c, s in zip(backbone.out_channels, sizes, strict=True)]
+    assert all(m.isfinite().all() for m in maps)
