@@ -3,17 +3,18 @@
 from .attention import Attention, attend
 from .blocks import Blocks, residual, run_blocks
 from .cache import TableCache
-from .conv import ConvNorm, activate, pad_same
+from .conv import ConvNorm, activate, fold_norm, pad_same
 from .linear import Linear, Mlp, gelu, init_linear
 from .norm import layer_norm_2d
 from .padding import ceil_div, crop_to, pad_to_multiple
-from .relative_position import RelativePositionBias
+from .relative_position import DistanceBias, RelativePositionBias
 from .window import window_partition, window_unpartition
 
 __all__ = [
     "Attention",
     "Blocks",
     "ConvNorm",
+    "DistanceBias",
     "Linear",
     "Mlp",
     "RelativePositionBias",
@@ -22,6 +23,7 @@ __all__ = [
     "attend",
     "ceil_div",
     "crop_to",
+    "fold_norm",
     "gelu",
     "init_linear",
     "layer_norm_2d",

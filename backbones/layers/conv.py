@@ -73,11 +73,15 @@ class ConvNorm(nn.Module):
 
     def fold(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the one convolution that does both."""
-        norm, weight = self.norm, self.conv.weight
-        scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
-        mean = norm.running_mean.double() - (0 if self.conv.bias is None else self.conv.bias.double())
-        bias = norm.bias.double() - mean * scale
-        return (weight * scale[:, None, None, None]).to(weight), bias.to(weight)
+        return fold_norm(self.conv, self.norm)
+
+
+def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the one convolution that equals `conv` and then, in eval mode, `norm`."""
+    scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
+    mean = norm.running_mean.double() - (0 if conv.bias is None else conv.bias.double())
+    bias = norm.bias.double() - mean * scale
+    return (conv.weight * scale[:, None, None, None]).to(conv.weight), bias.to(conv.weight)
 
 
 def pad_same(x: Tensor, kernel: int, stride: int, value: float = 0.0) -> Tensor:

@@ -1,5 +1,7 @@
 """Relative position biases: what attention adds to its logits for the offset between two cells."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,11 +34,15 @@ class RelativePositionBias(nn.Module):
         return self._biases.get((height, width), self.table, lambda: self._bias(height, width))
 
     def _bias(self, height: int, width: int) -> Tensor:
-        table = _resize(self.table.t().unflatten(1, tuple(map(_offsets, self.size))), height, width)
+        table = _resize(self._grid(), height, width)
         rows = _differences(height, table.device)[:, None, :, None]
         columns = _differences(width, table.device)[None, :, None, :]
         index = rows * _offsets(width) + columns  # (height, width, height, width): query to key
         return table.index_select(1, index.flatten()).reshape(1, self.heads, height * width, height * width)
+
+    def _grid(self) -> Tensor:
+        """(heads, rows, columns): the table by signed offset."""
+        return self.table.t().unflatten(1, tuple(map(_offsets, self.size)))
 
     def fit(self, table: Tensor) -> Tensor:
         """A checkpoint's table in this one's shape.
@@ -53,6 +59,36 @@ class RelativePositionBias(nn.Module):
                 raise InputError(f"a table of {len(table)} relative positions is not that of a square grid")
             table = table.t().unflatten(1, (side, side))
         return _resize(table, *self.size).t().contiguous()
+
+
+class DistanceBias(RelativePositionBias):
+    """A `RelativePositionBias` that is the same in all four directions, as LeViT and EfficientFormer have it.
+
+    Its table is (heads, height * width): a number per head and distance |dy|, |dx|, row-major.
+    """
+
+    def __init__(self, size: int | tuple[int, int], heads: int):
+        super().__init__(size, heads)
+        self.table = nn.Parameter(torch.zeros(heads, self.size[0] * self.size[1]))
+
+    def _grid(self) -> Tensor:
+        return _mirror(self.table.unflatten(1, self.size))
+
+    def fit(self, table: Tensor) -> Tensor:
+        """A checkpoint's table (heads, distances) of a square grid in this one's shape."""
+        side = math.isqrt(table.shape[1])
+        if side * side != table.shape[1]:
+            raise InputError(f"a table of {table.shape[1]} distances is not that of a square grid")
+        height, width = self.size
+        table = _resize(_mirror(table.unflatten(1, (side, side))), height, width)
+        return table.unflatten(1, (_offsets(height), -1))[:, height - 1 :, width - 1 :].flatten(1)
+
+
+def _mirror(table: Tensor) -> Tensor:
+    """(heads, rows, columns) by distance -> by signed offset, so that resizing leaves distance 0 where it is."""
+    for dim in (1, 2):
+        table = torch.cat((table.flip(dim).narrow(dim, 0, table.shape[dim] - 1), table), dim)
+    return table
 
 
 def _offsets(side: int) -> int:
