@@ -38,7 +38,10 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class KeyLayout:
-    """How one source names parameters: regular expressions that turn its names into ours, in turn."""
+    """How one source names parameters: regular expressions that turn its names into ours, in turn.
+
+    Names that turn into "" are left out: buffers that the model computes, such as tables of indices.
+    """
 
     name: str
     renames: tuple[tuple[str, str], ...] = ()
@@ -49,7 +52,8 @@ class KeyLayout:
         for key, value in state.items():
             for pattern, replacement in self.renames:
                 key = re.sub(pattern, replacement, key)
-            converted[key] = value
+            if key:
+                converted[key] = value
         return converted
 
 

@@ -36,7 +36,9 @@ def randomise():
                 value.normal_(std=fan_in**-0.5, generator=generator)
             elif name.endswith(("bias", "running_mean")):
                 value.normal_(std=0.2, generator=generator)
-            else:  # norms, layer scales, variances
+            elif name.endswith("gamma"):  # layer scales: as large as norms, deep networks would outgrow float32
+                value.uniform_(0.1, 0.5, generator=generator)
+            else:  # norms, variances
                 value.uniform_(0.5, 1.5, generator=generator)
         return model.eval()
 

@@ -148,6 +148,12 @@ def test_half_precision_checkpoints_load_in_the_precision_of_the_model(state):
 # The report
 
 
+def test_names_that_a_layout_turns_into_nothing_are_left_out(state):
+    layout = KeyLayout("published", ((r".*_index$", ""), (r"^conv(\d)\.", r"stages.\1.")))
+    published = {"conv0.bias": state["stages.0.bias"], "table_index": torch.arange(4)}
+    assert layout.convert(published) == {"stages.0.bias": state["stages.0.bias"]}
+
+
 def test_report_says_what_became_of_each_tensor(state, caplog):
     state["table"] = state["table"][:, :1]
     del state["stages.0.bias"]
