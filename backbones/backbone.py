@@ -12,7 +12,7 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .errors import InputError
+from .errors import InputError, PluginError
 from .layers import (
     Blocks,
     Linear,
@@ -57,7 +57,7 @@ class Backbone(nn.Module, metaclass=_Finished):
         checkpointing: recompute activations in the backward pass to save memory.
         frozen_stages: -1 freezes nothing, 0 the stem, n the stem and the first n stages.
         norm_eval: keep BatchNorm statistics fixed while training.
-        output_stride: 32; architectures that can dilate take 8 or 16.
+        output_stride: 32; architectures that can dilate take 8 or 16, and tell no stride above it.
         out_norm: a LayerNorm on each map that is returned, as the official dense-prediction code of
             several architectures has it.
         features_only: False builds the published classifier instead; the forward then returns logits.
@@ -138,6 +138,8 @@ class Backbone(nn.Module, metaclass=_Finished):
         self.global_pool = global_pool
 
         self.out_indices = _resolve_indices(out_indices, len(channels), name)
+        if output_stride < 32:  # 32 leaves an architecture as it is, coarser maps included
+            strides = [min(stride, output_stride) for stride in strides]
         levels = [
             {"num_chs": c, "reduction": s, "module": f"stages.{i}"}
             for i, (c, s) in enumerate(zip(channels, strides, strict=True))
@@ -167,14 +169,17 @@ class Backbone(nn.Module, metaclass=_Finished):
     def forward(self, images: Tensor) -> list[Tensor] | Tensor:
         """Feature maps of images (B, in_chans, H, W); with `features_only=False`, logits (B, num_classes)."""
         self._check_images(images)
-        features = self.forward_features(pad_to_multiple(images, self.size_divisor))
+        padded = pad_to_multiple(images, self.size_divisor)
+        features = self.forward_features(padded)
         if not self.features_only:
             return self.forward_head(features)
-        height, width = images.shape[-2:]
-        return [
-            crop_to(self.out_norms[str(i)](features[i]), ceil_div(height, stride), ceil_div(width, stride))
-            for i, stride in zip(self.out_indices, self.strides, strict=True)
-        ]
+        maps = []
+        for i, stride in zip(self.out_indices, self.strides, strict=True):
+            m = self.out_norms[str(i)](features[i])
+            if not torch.compiler.is_compiling():
+                self._check_map(i, m, images, padded)
+            maps.append(crop_to(m, *(ceil_div(side, stride) for side in images.shape[-2:])))
+        return maps
 
     def forward_features(self, images: Tensor) -> Sequence[Tensor] | Mapping[int, Tensor] | Tensor:
         """Maps by index, those asked for at least; of a classifier, its last map, normed and unpooled."""
@@ -305,6 +310,18 @@ class Backbone(nn.Module, metaclass=_Finished):
         if recompute and not any(isinstance(m, Blocks) for m in stage.modules()):
             return checkpoint(stage, x, use_reentrant=False)
         return stage(x)
+
+    def _check_map(self, index: int, m: Tensor, images: Tensor, padded: Tensor) -> None:
+        """Cropping takes away what padding brought, and must hide no other difference."""
+        stride = self.feature_info.info[index]["reduction"]
+        for side, image, pad in zip(m.shape[-2:], images.shape[-2:], padded.shape[-2:], strict=True):
+            if not ceil_div(image, stride) <= side <= ceil_div(pad, stride):
+                raise PluginError(
+                    f"{getattr(self, 'canonical_name', type(self).__name__)}: map {index} of images "
+                    f"{tuple(images.shape)}, padded to {tuple(padded.shape[-2:])}, is {tuple(m.shape)}, which is not "
+                    f"stride {stride}; declare the strides that the maps have, or pad what a stage cannot divide "
+                    "(size_divisor, or backbones.layers.pad_to_multiple)"
+                )
 
     def _check_images(self, images: Tensor) -> None:
         name = getattr(self, "canonical_name", type(self).__name__)

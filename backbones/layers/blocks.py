@@ -23,9 +23,15 @@ class Blocks(nn.Sequential):
         return run_blocks(self, x, self.checkpointing and self.training)
 
 
-def residual(x: Tensor, update: Tensor) -> Tensor:
-    """`x + update`; overwrites `update`, which the caller gives up, where autograd does not need it."""
-    needs_grad = torch.is_grad_enabled() and (update.requires_grad or x.requires_grad)
+def residual(x: Tensor, update: Tensor, scale: Tensor | None = None) -> Tensor:
+    """`x + scale * update`; overwrites `update`, which the caller gives up, where autograd does not need it.
+
+    Args:
+        x: (..., C).
+        update: (..., C).
+        scale: (C,), a layer scale; None for 1.
+    """
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, update, scale) if t is not None)
     if torch.compiler.is_compiling() or needs_grad or update.dtype != x.dtype:
-        return x + update
-    return update.add_(x)
+        return x + update if scale is None else torch.addcmul(x, update, scale)
+    return update.add_(x) if scale is None else torch.addcmul(x, update, scale, out=update)

@@ -1,11 +1,99 @@
-"""convnext, as a plugin."""
+"""ConvNeXt, as a plugin."""
 
-from backbones import BackboneSpec, hookimpl
+from backbones import BackboneSpec, Weights, hookimpl
 
 BACKBONES_API = 1
+
+# variant: dims, depths, parameters in millions (1000 classes), GMACs at 224 x 224
+_VARIANTS = {
+    "tiny": ((96, 192, 384, 768), (3, 3, 9, 3), 28.59, 4.46),
+    "small": ((96, 192, 384, 768), (3, 3, 27, 3), 50.22, 8.68),
+    "base": ((128, 256, 512, 1024), (3, 3, 27, 3), 88.59, 15.36),
+    "large": ((192, 384, 768, 1536), (3, 3, 27, 3), 197.77, 34.36),
+    "xlarge": ((256, 512, 1024, 2048), (3, 3, 27, 3), 350.20, 60.92),
+}
+
+# Weights published for timm; the first is what pretrained=True takes.
+_FACEBOOK = "fb_in22k_ft_in1k fb_in22k_ft_in1k_384 fb_in22k"
+_TIMM = "in12k_ft_in1k in12k_ft_in1k_384 in12k"
+_DENSE = "dinov3_lvd1689m eupe_lvd1689m"
+_CLIP = (
+    "clip_laion2b_augreg_ft_in12k_in1k clip_laion2b_augreg_ft_in12k_in1k_384 clip_laion2b_augreg_ft_in1k "
+    "clip_laiona_augreg_ft_in1k_384 clip_laion2b_augreg_ft_in12k clip_laion2b clip_laion2b_augreg clip_laiona "
+    "clip_laiona_320 clip_laiona_augreg_320"
+)
+_TAGS = {
+    "tiny": f"{_TIMM} {_FACEBOOK} fb_in1k {_DENSE}",
+    "small": f"{_TIMM} {_FACEBOOK} fb_in1k {_DENSE}",
+    "base": f"{_FACEBOOK} fb_in1k {_CLIP} {_DENSE}",
+    "large": f"{_FACEBOOK} fb_in1k dinov3_lvd1689m",
+    "xlarge": _FACEBOOK,
+}
+_TORCHVISION = {"tiny": "983f1562", "small": "0c510722", "base": "6075fbad", "large": "ea097f82"}
+_TOP1 = {
+    ("tiny", "fb_in1k"): 82.1,
+    ("small", "fb_in1k"): 83.1,
+    ("base", "fb_in1k"): 83.8,
+    ("xlarge", "fb_in22k_ft_in1k"): 87.0,
+    ("tiny", "tv_in1k"): 82.52,
+    ("small", "tv_in1k"): 83.616,
+    ("base", "tv_in1k"): 84.062,
+    ("large", "tv_in1k"): 84.414,
+}
+_LICENSES = {"dinov3_lvd1689m": "dinov3-license", "eupe_lvd1689m": "fair-noncommercial-research-license"}
+_CLIP_NORM = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 
 
 @hookimpl
 def register_backbones() -> list[BackboneSpec]:
-    """None yet."""
-    return []
+    """ConvNeXt tiny to xlarge."""
+    return [
+        BackboneSpec(
+            name=f"convnext_{variant}",
+            family="ConvNeXt",
+            entry="backbones_convnext.convnext:ConvNeXt",
+            channels=dims,
+            strides=(4, 8, 16, 32),
+            defaults={"dims": dims, "depths": depths},
+            weights=(*(_weights(variant, tag) for tag in _TAGS[variant].split()), *_torchvision(variant)),
+            params=params,
+            gmacs=gmacs,
+            summary="convolutional pyramid: depth-wise 7 x 7 convolutions and channel MLPs",
+            paper="https://arxiv.org/abs/2201.03545",
+            license="Apache-2.0",
+        )
+        for variant, (dims, depths, params, gmacs) in _VARIANTS.items()
+    ]
+
+
+def _weights(variant: str, tag: str) -> Weights:
+    side = 256 if tag.startswith(("clip", "eupe")) else 224
+    last = tag.rpartition("_")[2]
+    side = int(last) if last.isdigit() else side
+    return Weights(
+        tag=tag,
+        source=f"hf-hub:timm/convnext_{variant}.{tag}",
+        input_size=(3, side, side),
+        license=_LICENSES.get(tag, "Apache-2.0"),
+        metrics=_metrics(variant, tag),
+        **(_CLIP_NORM if tag.startswith("clip") else {}),
+    )
+
+
+def _torchvision(variant: str) -> list[Weights]:
+    if variant not in _TORCHVISION:
+        return []
+    return [
+        Weights(
+            tag="tv_in1k",
+            source=f"https://download.pytorch.org/models/convnext_{variant}-{_TORCHVISION[variant]}.pth",
+            layout="torchvision",
+            interpolation="bilinear",
+            license="BSD-3-Clause",
+            metrics=_metrics(variant, "tv_in1k"),
+        )
+    ]
+
+
+def _metrics(variant: str, tag: str) -> dict[str, float]:
+    return {"imagenet_top1": _TOP1[variant, tag]} if (variant, tag) in _TOP1 else {}

@@ -102,6 +102,16 @@ def test_any_size_keeps_the_promise(model, height, width):
 
 
 @everywhere
+def test_output_stride_is_kept_and_told(name):
+    for output_stride in build(name).output_strides:
+        model = build(name, output_stride=output_stride).eval()
+        assert model.strides == [min(stride, output_stride) for stride in (4, 8, 16, 32)]
+        with torch.no_grad():
+            maps = model(torch.randn(1, 3, 97, 33))
+        assert [m.shape[-2:] for m in maps] == [(math.ceil(97 / s), math.ceil(33 / s)) for s in model.strides]
+
+
+@everywhere
 def test_feature_info_speaks_timm(name):
     model = build(name, out_indices=(1, -1))
     assert model.feature_info.channels() == model.out_channels

@@ -75,6 +75,20 @@ def test_residual_leaves_its_input_and_keeps_the_wider_dtype():
     assert residual(x, update.bfloat16()).dtype == torch.float32
 
 
+def test_residual_scales_each_channel_of_the_update_and_lets_the_scale_learn():
+    x, update, scale = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randn(4, requires_grad=True)
+    expected = x + scale.detach() * update
+    learning = residual(x, update, scale)
+    learning.sum().backward()
+    torch.testing.assert_close(scale.grad, update.sum((0, 1)))
+    torch.testing.assert_close(learning.detach(), expected)
+    with torch.no_grad():
+        assert residual(x, update.bfloat16(), scale).dtype == torch.float32
+        overwritten = residual(x, update, scale)
+    torch.testing.assert_close(overwritten, expected)
+    assert overwritten.data_ptr() == update.data_ptr()
+
+
 def test_attention_equals_the_formula():
     q, k, v = torch.randn(2, 5, 8), torch.randn(2, 3, 8), torch.randn(2, 3, 8)
     heads = [t.reshape(2, -1, 2, 4).transpose(1, 2) for t in (q, k, v)]

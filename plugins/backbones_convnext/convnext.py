@@ -1,0 +1,173 @@
+"""ConvNeXt (Liu et al., https://arxiv.org/abs/2201.03545)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from backbones.backbone import Backbone
+from backbones.layers import Blocks, Mlp, pad_to_multiple, residual
+from backbones.weights import KeyLayout
+
+TIMM = KeyLayout(
+    "timm",
+    (
+        (r"^stem\.0\.", "stem.conv."),
+        (r"^stem\.1\.", "stem.norm."),
+        (r"\.downsample\.0\.", ".downsample.norm."),
+        (r"\.downsample\.1\.", ".downsample.conv."),
+        (r"^head\.norm\.", "head_norm."),
+        (r"^head\.fc\.", "head."),
+    ),
+)
+TORCHVISION = KeyLayout(
+    "torchvision",
+    (
+        (r"^features\.0\.0\.", "stem.conv."),
+        (r"^features\.0\.1\.", "stem.norm."),
+        *((rf"^features\.{2 * n}\.0\.", f"stages.{n}.downsample.norm.") for n in range(1, 4)),
+        *((rf"^features\.{2 * n}\.1\.", f"stages.{n}.downsample.conv.") for n in range(1, 4)),
+        *((rf"^features\.{2 * n + 1}\.(\d+)\.", rf"stages.{n}.blocks.\1.") for n in range(4)),
+        (r"\.block\.0\.", ".conv_dw."),
+        (r"\.block\.2\.", ".norm."),
+        (r"\.block\.3\.", ".mlp.fc1."),
+        (r"\.block\.5\.", ".mlp.fc2."),
+        (r"\.layer_scale$", ".gamma"),
+        (r"^classifier\.0\.", "head_norm."),
+        (r"^classifier\.2\.", "head."),
+    ),
+)
+OFFICIAL = KeyLayout(
+    "official",  # and OpenMMLab's, which spells the same words out
+    (
+        (r"^downsample_layers\.0\.0\.", "stem.conv."),
+        (r"^downsample_layers\.0\.1\.", "stem.norm."),
+        (r"^downsample_layers\.(\d)\.0\.", r"stages.\1.downsample.norm."),
+        (r"^downsample_layers\.(\d)\.1\.", r"stages.\1.downsample.conv."),
+        (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
+        (r"\.(dwconv|depthwise_conv)\.", ".conv_dw."),
+        (r"\.(pwconv|pointwise_conv)(\d)\.", r".mlp.fc\2."),
+        (r"^norm\.", "head_norm."),
+        (r"^norm(\d)\.", r"out_norms.\1."),
+    ),
+)
+
+
+class ConvNeXt(Backbone):
+    """Four stages of depth-wise 7 x 7 convolutions and channel MLPs at strides 4, 8, 16 and 32.
+
+    With `output_stride` 8 or 16, later stages keep the resolution and dilate their convolutions instead.
+
+    Args:
+        dims: width of each stage.
+        depths: blocks per stage.
+        layer_scale: initial scale of each block's update; the official dense-prediction code starts at 1.
+        **options: those of `backbones.Backbone`.
+    """
+
+    key_layouts = (TIMM, TORCHVISION, OFFICIAL)
+    output_strides = (8, 16, 32)
+
+    def __init__(
+        self,
+        dims: Sequence[int] = (96, 192, 384, 768),
+        depths: Sequence[int] = (3, 3, 9, 3),
+        layer_scale: float = 1e-6,
+        **options: Any,
+    ):
+        super().__init__(channels=dims, strides=(4, 8, 16, 32), **options)
+        drop_path = self.drop_path_rates(depths)
+        dilations = [max(1, stride // self.output_stride) for stride in (4, 8, 16, 32)]
+        self.stem = Stem(self.in_chans, dims[0])
+        self.stages = nn.ModuleList(
+            self.wanted(
+                Stage(
+                    downsample=Downsample(dims[i - 1], dims[i], dilations[i]) if i else nn.Identity(),
+                    blocks=[Block(dims[i], dilations[i], layer_scale, rate) for rate in drop_path[i]],
+                )
+                for i in range(4)
+            )
+        )
+        if not self.features_only:
+            self.head_norm = nn.LayerNorm(dims[-1], eps=1e-6)
+        self.apply(_init_weights)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        x = F.dropout(self.head_norm(features.mean((2, 3))), self.drop_rate, self.training)
+        return x if pre_logits else self.head(x)
+
+    def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
+        stages = [r"^stages\.(\d+)"] if coarse else [r"^stages\.(\d+)\.downsample", r"^stages\.(\d+)\.blocks\.(\d+)"]
+        return {"stem": r"^stem", "blocks": [*((stage, None) for stage in stages), (r"^head_norm", (99999,))]}
+
+    def adapt_table(self, name: str, value: Tensor, checkpoint: Mapping[str, Tensor]) -> Tensor:
+        if name.endswith(".gamma"):  # torchvision's is (C, 1, 1)
+            return value.flatten()
+        return super().adapt_table(name, value, checkpoint)
+
+
+class Stem(nn.Module):
+    """Patches of 4 x 4 pixels: (B, C_in, H, W) -> (B, dim, H / 4, W / 4)."""
+
+    def __init__(self, in_chans: int, dim: int):
+        super().__init__()
+        self.conv = nn.Conv2d(in_chans, dim, 4, 4)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(pad_to_multiple(x, 4)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Stage(nn.Module):
+    """(B, C_in, H, W) -> (B, dim, H / stride, W / stride)."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]):
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = Blocks(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.downsample(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Downsample(nn.Module):
+    """Norm and 2 x 2 convolution, of stride 2; or of stride 1 before a stage that is dilated instead."""
+
+    def __init__(self, in_chans: int, dim: int, dilation: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(in_chans, eps=1e-6)
+        # The stage that first keeps the resolution meets a map that is dense still.
+        self.conv = nn.Conv2d(in_chans, dim, 2, stride=1 if dilation > 1 else 2, dilation=max(1, dilation // 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        if self.conv.stride[0] == 2:
+            return self.conv(pad_to_multiple(x, 2))
+        reach = self.conv.dilation[0]
+        before, after = reach // 2, reach - reach // 2
+        return self.conv(F.pad(x, (before, after, before, after)))
+
+
+class Block(nn.Module):
+    """Depth-wise convolution, norm, MLP and layer scale in one residual, on maps (B, H, W, C)."""
+
+    def __init__(self, dim: int, dilation: int, layer_scale: float, drop_path: float):
+        super().__init__()
+        self.conv_dw = nn.Conv2d(dim, dim, 7, padding=3 * dilation, dilation=dilation, groups=dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, 4 * dim)
+        self.gamma = nn.Parameter(torch.full((dim,), layer_scale))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        update = self.conv_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return residual(x, self.drop_path(self.mlp(self.norm(update))), self.gamma)
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
