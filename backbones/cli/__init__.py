@@ -16,6 +16,7 @@ COMMANDS = {
     "list": ("listing", "the backbones that are installed"),
     "info": ("info", "everything about one backbone"),
     "plugins": ("plugins", "where backbones come from, and which plugins do not work"),
+    "check": ("check", "the conformance kit: whether a backbone or a plugin keeps its promises"),
     "bench": ("bench", "parameters, GMACs, latency, throughput and peak memory, beside timm's if asked"),
 }
 

@@ -1,0 +1,55 @@
+"""Run the conformance kit: everything that a backbone promises, checked on this machine."""
+
+import argparse
+from dataclasses import asdict
+
+from backbones.errors import InputError
+
+from .output import print_hint, print_json, print_table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", metavar="NAME", help="backbones to check")
+    parser.add_argument("--plugin", metavar="DIST", help="check all of a distribution or plugin")
+    parser.add_argument("--quick", action="store_true", help="leave out what takes minutes: compile, two processes")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    if bool(args.names) == bool(args.plugin):
+        raise InputError("name the backbones to check, or a distribution with --plugin")
+    from backbones.registry import backbone_info
+    from backbones.testing import check_backbone, check_plugin
+
+    def report(result) -> None:
+        if not args.json:
+            print_hint(f"{result.backbone} {result.check}: {result.outcome} ({result.seconds:.1f} s)")
+
+    options = {"slow": not args.quick, "report": report}
+    if args.plugin:
+        results = check_plugin(args.plugin, **options)
+    else:
+        names = [backbone_info(name).canonical_name for name in args.names]  # names are checked before anything is run
+        results = [result for name in names for result in check_backbone(name, **options)]
+    failed = [result for result in results if result.outcome == "failed"]
+    if args.json:
+        print_json([asdict(result) for result in results])
+        return 1 if failed else 0
+    print_table(("check", *(names := list(dict.fromkeys(r.backbone for r in results)))), _table(results, names))
+    for result in results:
+        if result.message and result.outcome != "passed":
+            print(f"{result.backbone} {result.check} {result.outcome}: {result.message}")
+    counts = {
+        outcome: sum(r.outcome == outcome for r in results) for outcome in dict.fromkeys(r.outcome for r in results)
+    }
+    told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    print(f"{len(results)} checks in {sum(r.seconds for r in results):.0f} s: {told}")
+    return 1 if failed else 0
+
+
+def _table(results, names):
+    """One row per check, one column per backbone."""
+    outcomes = {(result.check, result.backbone): result.outcome for result in results}
+    return [
+        (check, *(outcomes.get((check, n), "") for n in names)) for check in dict.fromkeys(r.check for r in results)
+    ]

@@ -1,0 +1,171 @@
+"""The conformance kit finds each way to break the promise, by the check that is meant for it."""
+
+import json
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from backbones import Backbone, InputError, PluginError
+from backbones.cli import main
+from backbones.testing import CHECKS, SLOW_CHECKS, check_backbone, check_plugin, parametrize_backbones
+
+
+class Good(Backbone):
+    """As a plugin author would write it."""
+
+    size_divisor = 8
+
+    def __init__(self, dims=(8, 12), **options):
+        super().__init__(channels=dims, strides=(4, 8), **options)
+        self.stem = nn.Sequential(nn.Conv2d(self.in_chans, dims[0], 4, 4), nn.BatchNorm2d(dims[0]))
+        self.stages = nn.ModuleList(self.wanted(self.stage(*s) for s in ((dims[0], dims[0], 1), (*dims, 2))))
+
+    def stage(self, in_chans, out_chans, stride):
+        return nn.Sequential(nn.Conv2d(in_chans, out_chans, stride, stride), nn.BatchNorm2d(out_chans), nn.ReLU())
+
+
+class WrongStride(Good):
+    def stage(self, in_chans, out_chans, stride):
+        return super().stage(in_chans, out_chans, 1)
+
+
+class ChannelsLast(Good):
+    def forward(self, images):
+        return [m.permute(0, 2, 3, 1) for m in super().forward(images)]
+
+
+class Floor(Good):
+    size_divisor = 1
+
+
+class SharedBetweenImages(Good):
+    def forward_features(self, images):
+        return [m - m.mean(0, keepdim=True) for m in super().forward_features(images)]
+
+
+class FrozenMoves(Good):
+    def train(self, mode=True):
+        nn.Module.train(self, mode)  # statistics of what is frozen go on moving
+        return self
+
+
+class DropPathInEval(Good):
+    def forward_features(self, images):
+        return [m * (torch.rand(len(m), 1, 1, 1) >= self.drop_path_rate) for m in super().forward_features(images)]
+
+
+class UnusedParameter(Good):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.left_over = nn.Linear(3, 3)
+
+
+class StateLost(Good):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.register_buffer("seen", torch.zeros(1), persistent=False)
+
+    def forward_features(self, images):
+        if self.training:
+            self.seen += 1
+        return [m + self.seen for m in super().forward_features(images)]
+
+
+def failures(backbone, **options):
+    return {r.check: r.message for r in check_backbone(backbone, slow=False, **options) if r.outcome == "failed"}
+
+
+def test_a_good_backbone_passes_every_quick_check():
+    results = check_backbone(Good, slow=False)
+    assert {r.check: r.message for r in results if r.outcome != "passed"} == {}
+    assert [r.check for r in results] == [check for check in CHECKS if check not in SLOW_CHECKS]
+
+
+@pytest.mark.slow  # the compiler, and two processes that import torch
+def test_a_good_backbone_passes_the_slow_checks():
+    results = [r for r in check_backbone("pvt_v2_b0") if r.check in SLOW_CHECKS]
+    assert [(r.outcome, r.message) for r in results] == [("passed", "")] * 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "check", "message"),
+    [
+        (WrongStride, "shapes", r"map 1 .* is \(2, 12, 32, 48\), which is not stride 8; declare"),
+        (ChannelsLast, "shapes", r"got \(2, 32, 48, 8\).*return them channels first"),
+        (Floor, "any_size", r"map 0 .* is \(2, 8, 62, 83\), which is not stride 4; .*size_divisor"),
+        (SharedBetweenImages, "batch_independence", "an image alone and in a batch differ"),
+        (FrozenMoves, "frozen_stages", "of them moved: stem.1.num_batches_tracked"),
+        (DropPathInEval, "drop_path", "two calls in eval mode differ.*self.training"),
+        (UnusedParameter, "gradients", "2 of 14 parameters get no gradient: left_over.bias, left_over.weight"),
+        (StateLost, "state_dict", "with the loaded state gives other maps.*persistent buffers"),
+    ],
+)
+def test_each_broken_promise_is_caught_by_the_check_meant_for_it(wrong, check, message):
+    assert re.search(message, failures(wrong).get(check, "it passed"))
+
+
+def test_a_failure_that_was_announced_is_no_failure_and_a_pass_is():
+    (result,) = [r for r in check_backbone(Floor, {"any_size": "needs 8"}, slow=False) if r.check == "any_size"]
+    assert result.outcome == "expected"
+    assert result.message.startswith("needs 8 (PluginError: Floor: map 0 of images (2, 3, 250, 333)")
+    assert "take it off expected_failures" in failures(Good, expected_failures={"any_size": "needs 8"})["any_size"]
+    with pytest.raises(InputError, match="there is no check 'any_sise'; choose from shapes, "):
+        check_backbone(Good, {"any_sise": "typo"})
+
+
+def test_a_module_is_checked_as_far_as_it_can_be():
+    results = {r.check: r for r in check_backbone(Good(), slow=False)}
+    assert results["shapes"].outcome == results["copies"].outcome == "passed"
+    assert results["in_chans"].outcome == "skipped"
+    assert "pass a name or a function" in results["in_chans"].message
+
+
+def test_checks_leave_the_random_numbers_of_the_caller_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    check_backbone(Good, slow=False)
+    assert torch.equal(torch.rand(2), expected)
+
+
+class TestParametrized:
+    @parametrize_backbones(["pvt_v2_b0"], slow_marks=pytest.mark.slow)
+    def test_every_check_is_a_test(self, name, check):
+        if check.args[0] in ("shapes", "feature_info"):
+            check(name)
+
+    def test_announced_failures_are_strict(self):
+        mark = parametrize_backbones(["a", "b"], {"b": {"export": "no"}})
+        marked = [case for case in mark.args[1] if case.marks]
+        assert [case.id for case in marked] == ["b-export"]
+        assert marked[0].marks[0].kwargs == {"reason": "no", "strict": True}
+
+
+def test_plugins_are_checked_by_distribution_or_namespace(throwaway):
+    results = check_plugin("throwaway-good", slow=False)
+    checks = {r.check: r for r in results}
+    assert checks["plugin_loads"].outcome == "passed"
+    assert checks["top_module_imports_no_torch"].outcome == "passed"
+    broken = {r.check: r for r in check_plugin("broken_import", slow=False)}
+    assert "No module named 'no_such_library'" in broken["plugin_loads"].message
+    with pytest.raises(PluginError, match=r"no plugin comes from 'nobody'; installed: .*dense-backbones"):
+        check_plugin("nobody")
+
+
+def test_the_command_prints_a_table_and_the_number_of_checks(capsys):
+    assert main(["check", "pvt_v2_b0", "--quick"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["check", "pvt/pvt_v2_b0"]
+    assert ["any_size", "passed"] in [line.split() for line in lines]
+    assert lines[-1].startswith(f"{len(CHECKS) - len(SLOW_CHECKS)} checks in ")
+    assert lines[-1].endswith(f"{len(CHECKS) - len(SLOW_CHECKS)} passed")
+
+
+def test_the_command_fails_where_a_check_does(capsys, throwaway):
+    assert main(["check", "--plugin", "broken_import", "--json"]) == 1
+    (loads, *_) = json.loads(capsys.readouterr().out)
+    assert (loads["check"], loads["outcome"]) == ("plugin_loads", "failed")
+    assert main(["check"]) == 2
+    assert "name the backbones to check" in capsys.readouterr().err
