@@ -1,0 +1,313 @@
+"""Swin Transformer (Liu et al., https://arxiv.org/abs/2103.14030)."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from backbones.backbone import Backbone
+from backbones.errors import InputError
+from backbones.layers import (
+    Blocks,
+    Linear,
+    Mlp,
+    RelativePositionBias,
+    TableCache,
+    attend,
+    ceil_div,
+    init_linear,
+    layer_norm_2d,
+    pad_to_multiple,
+    residual,
+)
+from backbones.layers.padding import is_exporting
+from backbones.weights import KeyLayout
+
+_BLOCKS = (
+    (r".*\.(relative_position_index|attn_mask)$", ""),  # computed here
+    (r"\.relative_position_bias_table$", ".bias.table"),
+)
+TIMM = KeyLayout(
+    "timm", (*_BLOCKS, (r"^patch_embed\.", "stem."), (r"^layers\.", "stages."), (r"^head\.fc\.", "head."))
+)
+OFFICIAL = KeyLayout(
+    "official",
+    (
+        *_BLOCKS,
+        (r"^patch_embed\.", "stem."),
+        *((rf"^layers\.{i}\.downsample\.", f"stages.{i + 1}.downsample.") for i in range(3)),
+        (r"^layers\.", "stages."),
+        (r"^norm(\d)\.", r"out_norms.\1."),
+    ),
+)
+TORCHVISION = KeyLayout(
+    "torchvision",
+    (
+        *_BLOCKS,
+        (r"^features\.0\.0\.", "stem.proj."),
+        (r"^features\.0\.2\.", "stem.norm."),
+        *((rf"^features\.{2 * i}\.", f"stages.{i}.downsample.") for i in range(1, 4)),
+        *((rf"^features\.{2 * i + 1}\.", f"stages.{i}.blocks.") for i in range(4)),
+        (r"\.mlp\.0\.", ".mlp.fc1."),
+        (r"\.mlp\.3\.", ".mlp.fc2."),
+    ),
+)
+
+
+class SwinTransformer(Backbone):
+    """Four stages of blocks that attend within windows, which every other block shifts by half a window.
+
+    Maps are those of the official dense-prediction code: each side is zero-padded to a multiple of the window,
+    and windows are shifted however small the map. The classifier follows the classification code instead: along
+    a side that is no longer than the window, the window shrinks to it and is not shifted.
+
+    Args:
+        dims: width of each stage.
+        depths: blocks per stage.
+        heads: attention heads per stage.
+        window_size: side of the windows, in cells; 12 for weights trained at 384 x 384.
+        **options: those of `backbones.Backbone`; `out_norm=True` is the official dense-prediction code's norm.
+    """
+
+    key_layouts = (TIMM, OFFICIAL, TORCHVISION)
+    size_divisor = 4  # the stem's patches; all else pads for itself
+
+    def __init__(
+        self,
+        dims: Sequence[int] = (96, 192, 384, 768),
+        depths: Sequence[int] = (2, 2, 6, 2),
+        heads: Sequence[int] = (3, 6, 12, 24),
+        window_size: int = 7,
+        **options: Any,
+    ):
+        super().__init__(channels=dims, strides=(4, 8, 16, 32), **options)
+        if window_size < 1:
+            raise InputError(f"SwinTransformer: window_size={window_size} must be at least 1")
+        drop_path = self.drop_path_rates(depths)
+        self.stem = PatchEmbed(self.in_chans, dims[0])
+        self.stages = nn.ModuleList(
+            self.wanted(
+                Stage(
+                    downsample=PatchMerging(dims[i - 1], dims[i]) if i else nn.Identity(),
+                    dim=dims[i],
+                    heads=heads[i],
+                    window_size=window_size,
+                    shrink=not self.features_only,
+                    drop_path=drop_path[i],
+                )
+                for i in range(4)
+            )
+        )
+        self.apply(init_linear)
+
+    def make_norm(self) -> nn.Module:
+        return layer_norm_2d(self.num_features, eps=1e-5)
+
+    def make_out_norm(self, channels: int) -> nn.Module:
+        return layer_norm_2d(channels, eps=1e-5)
+
+    def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
+        if coarse:
+            return {"stem": r"^stem", "blocks": [(r"^stages\.(\d+)", None), (r"^norm", (99999,))]}
+        return {
+            "stem": r"^stem",
+            "blocks": [
+                (r"^stages\.(\d+)\.downsample", None),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ],
+        }
+
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith("bias.table")}
+
+
+class PatchEmbed(nn.Module):
+    """Patches of 4 x 4 pixels: (B, C_in, H, W) -> (B, dim, H / 4, W / 4)."""
+
+    def __init__(self, in_chans: int, dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, 4, 4)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Stage(nn.Module):
+    """(B, C_in, H, W) -> (B, dim, ceil(H / 2), ceil(W / 2)); the first stage keeps H and W."""
+
+    def __init__(
+        self,
+        downsample: nn.Module,
+        dim: int,
+        heads: int,
+        window_size: int,
+        shrink: bool,
+        drop_path: Sequence[float],
+    ):
+        super().__init__()
+        self.downsample = downsample
+        # Two ways to cut a map, each shared by every other block.
+        windows = [Windows(window_size, shift, shrink) for shift in (0, window_size // 2)]
+        self.blocks = Blocks(*(Block(dim, heads, windows[i % 2], rate) for i, rate in enumerate(drop_path)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.downsample(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class PatchMerging(nn.Module):
+    """Each square of 2 x 2 cells becomes one: (B, C, H, W) -> (B, dim, ceil(H / 2), ceil(W / 2))."""
+
+    def __init__(self, in_dim: int, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * in_dim)
+        self.reduction = Linear(4 * in_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = pad_to_multiple(x, 2).permute(0, 2, 3, 1)
+        x = torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], dim=-1)
+        return self.reduction(self.norm(x)).permute(0, 3, 1, 2)
+
+
+class Block(nn.Module):
+    """Attention within windows and MLP with residuals, on maps (B, H, W, C)."""
+
+    def __init__(self, dim: int, heads: int, windows: "Windows", drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, heads, windows)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, 4 * dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = residual(x, self.drop_path(self.attn(self.norm1(x))))
+        return residual(x, self.drop_path(self.mlp(self.norm2(x))))
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention within the windows of a map (B, H, W, C), with a bias by relative position.
+
+    Cells are projected where they are and gathered into windows afterwards, so that padding costs no projection.
+    """
+
+    def __init__(self, dim: int, heads: int, windows: "Windows"):
+        super().__init__()
+        if dim % heads:
+            raise InputError(f"SwinTransformer: {heads} heads do not divide a width of {dim}")
+        self.heads = heads
+        self.windows = windows
+        self.qkv = Linear(dim, 3 * dim)
+        self.bias = RelativePositionBias(windows.size, heads)
+        self.proj = Linear(dim, dim)
+        self._biases = TableCache(entries=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        cut = self.windows(*x.shape[:3], x.device)
+        qkv = self.qkv(x).flatten(0, 2)
+        if cut.padded:  # what the projection makes of a zero cell
+            qkv = torch.cat((qkv, self.qkv.bias.to(qkv.dtype)[None]))
+        windows = qkv.index_select(0, cut.gather).unflatten(0, (-1, cut.height * cut.width))  # (windows, N, 3 * C)
+        biases = self._biases.get(cut.key, self.bias.table, lambda: self.biases(cut)).to(qkv.dtype)
+        attended = [
+            attend(*part.chunk(3, dim=-1), self.heads, bias)
+            for part, bias in zip(windows.split(cut.counts), biases.split(1), strict=True)
+        ]
+        cells = torch.cat(attended).flatten(0, 1).index_select(0, cut.scatter)
+        return self.proj(cells.reshape(x.shape))
+
+    def biases(self, cut: "Cut") -> Tensor:
+        """(kinds of windows, heads, N, N)."""
+        bias = self.bias(cut.height, cut.width)
+        return bias if cut.masks is None else bias + cut.masks.to(bias.dtype)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How maps of one size fall into windows of height * width = N cells.
+
+    Windows that hold cells from opposite ends of the map, because the shift is cyclic, keep these apart by a mask.
+    Only the last row and the last column of windows do, so that there are four kinds of windows, whatever the size
+    of the map: windows are sorted by kind, and the biases of a kind are broadcast.
+    """
+
+    height: int
+    width: int
+    #: What `biases` depend on.
+    key: tuple[int, ...]
+    #: Whether windows reach beyond the map.
+    padded: bool
+    #: (windows * N,): for each place in a window, the row of its cell; one past the last where it is padding.
+    gather: Tensor
+    #: (B * H * W,): for each cell, the row of its place in a window.
+    scatter: Tensor
+    #: Windows of each kind.
+    counts: list[int]
+    #: (kinds, 1, N, N), added to the logits; None where windows are not shifted.
+    masks: Tensor | None
+
+
+class Windows:
+    """Cuts maps into windows, zero-padded at the bottom and right and then shifted up and left, cyclically.
+
+    Args:
+        size: side of a window.
+        shift: cells by which the map is shifted.
+        shrink: along a side that is no longer than `size`, shrink the window to it and do not shift.
+    """
+
+    def __init__(self, size: int, shift: int, shrink: bool):
+        self.size = size
+        self.shift = shift
+        self.shrink = shrink
+        self._cuts = TableCache(entries=2)
+
+    @torch.no_grad()  # no parameter is involved, so that training may keep the cuts too
+    def __call__(self, batch: int, height: int, width: int, device: torch.device) -> Cut:
+        return self._cuts.get((batch, height, width, device), (), lambda: self.cut(batch, height, width, device))
+
+    def cut(self, batch: int, height: int, width: int, device: torch.device) -> Cut:
+        (wh, sh), (ww, sw) = self._along(height), self._along(width)
+        rows = _shifted(height, wh, sh, device)[:, None, :, None]
+        columns = _shifted(width, ww, sw, device)[None, :, None, :]
+        images = torch.arange(batch, device=device)[:, None, None, None, None]
+        cells = (images * height + rows) * width + columns
+        cells = torch.where((rows < height) & (columns < width), cells, batch * height * width)
+        masks = None
+        if sh or sw:
+            kinds = [cells[:, a, b] for a, b in product((slice(None, -1), slice(-1, None)), repeat=2)]
+            masks = torch.stack([_mask(wh, ww, a, b, device) for a, b in product((0, sh), (0, sw))])[:, None]
+        else:
+            kinds = [cells]
+        counts = [kind.shape[0] * kind.shape[1] * kind.shape[2] for kind in kinds]
+        gather = torch.cat([kind.flatten() for kind in kinds])
+        scatter = gather.new_empty(batch * height * width + 1)
+        scatter = scatter.scatter(0, gather, torch.arange(gather.shape[0], device=device))[:-1]
+        padded = torch.compiler.is_compiling() or height % wh > 0 or width % ww > 0
+        return Cut(wh, ww, (wh, ww, sh, sw), padded, gather, scatter, counts, masks)
+
+    def _along(self, side: int) -> tuple[int, int]:
+        """Length of the windows along a side of the map, and their shift."""
+        if self.shrink and side <= self.size:
+            return side, 0
+        return self.size, self.shift
+
+
+def _shifted(side: int, size: int, shift: int, device: torch.device) -> Tensor:
+    """(windows, size): positions along a padded side that each window holds after the shift."""
+    windows = ceil_div(side, size)
+    places = torch.arange(windows, device=device)[:, None] * size + torch.arange(size, device=device)
+    return (places + shift) % (windows * size)
+
+
+def _mask(height: int, width: int, bottom: int, right: int, device: torch.device) -> Tensor:
+    """(N, N): -100 between cells of a window whose last `bottom` rows and `right` columns come from elsewhere."""
+    rows = torch.arange(height, device=device)[:, None] >= height - bottom
+    columns = torch.arange(width, device=device) >= width - right
+    region = (2 * rows + columns).flatten()
+    return -100.0 * (region[:, None] != region)
