@@ -4,10 +4,12 @@ from .attention import Attention, attend
 from .blocks import Blocks, residual, run_blocks
 from .cache import TableCache
 from .conv import ConvNorm, activate, fold_norm, pad_same
+from .head import PreLogits
 from .linear import Linear, Mlp, gelu, init_linear
+from .mbconv import MBConv, SqueezeExcite, halve
 from .norm import layer_norm_2d
 from .padding import ceil_div, crop_to, pad_to_multiple
-from .relative_position import DistanceBias, RelativePositionBias
+from .relative_position import DistanceBias, LogPositionBias, RelativePositionBias
 from .window import window_partition, window_unpartition
 
 __all__ = [
@@ -16,8 +18,12 @@ __all__ = [
     "ConvNorm",
     "DistanceBias",
     "Linear",
+    "LogPositionBias",
+    "MBConv",
     "Mlp",
+    "PreLogits",
     "RelativePositionBias",
+    "SqueezeExcite",
     "TableCache",
     "activate",
     "attend",
@@ -25,6 +31,7 @@ __all__ = [
     "crop_to",
     "fold_norm",
     "gelu",
+    "halve",
     "init_linear",
     "layer_norm_2d",
     "pad_same",

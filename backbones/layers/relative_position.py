@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .cache import TableCache
-from .padding import is_exporting
+from .padding import ceil_div, is_exporting
 
 
 class RelativePositionBias(nn.Module):
@@ -31,14 +31,15 @@ class RelativePositionBias(nn.Module):
         self._biases = TableCache(entries=2)  # the square of a map's cells, times heads: worth keeping few
 
     def forward(self, height: int, width: int) -> Tensor:
-        return self._biases.get((height, width), self.table, lambda: self._bias(height, width))
+        return self._biases.get((height, width), self.table, lambda: by_cell(self.by_offset(height, width)))
 
-    def _bias(self, height: int, width: int) -> Tensor:
-        table = _resize(self._grid(), height, width)
-        rows = _differences(height, table.device)[:, None, :, None]
-        columns = _differences(width, table.device)[None, :, None, :]
-        index = rows * _offsets(width) + columns  # (height, width, height, width): query to key
-        return table.index_select(1, index.flatten()).reshape(1, self.heads, height * width, height * width)
+    def by_offset(self, height: int, width: int) -> Tensor:
+        """The numbers themselves, for each offset that the grid has, query minus key.
+
+        Returns:
+            (heads, 2 * height - 1, 2 * width - 1); offset 0 is in the middle.
+        """
+        return _resize(self._grid(), height, width).unflatten(1, (_offsets(height), _offsets(width)))
 
     def _grid(self) -> Tensor:
         """(heads, rows, columns): the table by signed offset."""
@@ -82,6 +83,50 @@ class DistanceBias(RelativePositionBias):
         height, width = self.size
         table = _resize(_mirror(table.unflatten(1, (side, side))), height, width)
         return table.unflatten(1, (_offsets(height), -1))[:, height - 1 :, width - 1 :].flatten(1)
+
+
+class LogPositionBias(nn.Module):
+    """Relative position biases that an MLP computes from the logarithm of the offset, for any grid alike.
+
+    Called as `RelativePositionBias` is. timm's CoAtNet and MaxViT have it (`rmlp`), after Swin v2
+    (https://arxiv.org/abs/2111.09883).
+
+    Args:
+        heads: number of heads.
+        hidden: width of the MLP.
+    """
+
+    def __init__(self, heads: int, hidden: int = 512):
+        super().__init__()
+        self.heads = heads
+        self.fc1 = nn.Linear(2, hidden)
+        self.dropout = nn.Dropout(0.125)
+        self.fc2 = nn.Linear(hidden, heads)
+        self._biases = TableCache(entries=2)
+
+    def forward(self, height: int, width: int) -> Tensor:
+        if self.training:  # each call drops other units
+            return by_cell(self.by_offset(height, width))
+        return self._biases.get(
+            (height, width), list(self.parameters()), lambda: by_cell(self.by_offset(height, width))
+        )
+
+    def by_offset(self, height: int, width: int) -> Tensor:
+        """The numbers by offset, as `RelativePositionBias.by_offset` yields them."""
+        like = self.fc1.weight
+        sides = (torch.arange(_offsets(side), device=like.device) - (side - 1) for side in (height, width))
+        offsets = torch.stack(torch.meshgrid(*sides, indexing="ij"), dim=-1).float()
+        offsets = (offsets.sign() * (1 + offsets.abs()).log()).to(like.dtype)
+        return self.fc2(self.dropout(F.relu(self.fc1(offsets)))).permute(2, 0, 1)
+
+
+def by_cell(table: Tensor) -> Tensor:
+    """Biases (1, heads, N, N) of a grid's N cells, from those by offset (heads, 2 * height - 1, 2 * width - 1)."""
+    heads, height, width = table.shape[0], ceil_div(table.shape[1], 2), ceil_div(table.shape[2], 2)
+    rows = _differences(height, table.device)[:, None, :, None]
+    columns = _differences(width, table.device)[None, :, None, :]
+    index = rows * table.shape[2] + columns  # (height, width, height, width): query to key
+    return table.flatten(1).index_select(1, index.flatten()).reshape(1, heads, height * width, height * width)
 
 
 def _mirror(table: Tensor) -> Tensor:

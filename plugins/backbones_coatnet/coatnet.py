@@ -1,0 +1,291 @@
+"""CoAtNet (Dai et al., https://arxiv.org/abs/2106.04803), in the form of timm's `coatnet_N` and `_rw` models."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from backbones.backbone import Backbone
+from backbones.errors import InputError
+from backbones.layers import (
+    Blocks,
+    ConvNorm,
+    LogPositionBias,
+    MBConv,
+    PreLogits,
+    RelativePositionBias,
+    ceil_div,
+    gelu,
+    halve,
+    layer_norm_2d,
+    residual,
+)
+from backbones.weights import KeyLayout
+
+TIMM = KeyLayout(
+    "timm",
+    (
+        (r"^stem\.(conv|norm)1\.", r"stem.0.\1."),
+        (r"^stem\.conv2\.", "stem.1."),
+        (r"^(stages\.\d+)\.blocks\.", r"\1."),
+        (r"\.shortcut\.expand\.", ".shortcut."),
+        (r"\.conv1_1x1\.", ".expand.conv."),
+        (r"\.conv2_kxk\.", ".depthwise.conv."),
+        (r"\.conv3_1x1\.", ".project."),
+        (r"\.se_early\.", ".se."),
+        (r"^(stages\.[01]\.\d+)\.norm1\.", r"\1.expand.norm."),
+        (r"^(stages\.[01]\.\d+)\.norm2\.", r"\1.depthwise.norm."),
+        (r"\.norm1\.norm\.", ".norm1."),
+        (r"\.rel_pos\.relative_position_bias_table$", ".rel_pos.table"),
+        (r"\.rel_pos\.mlp\.", ".rel_pos."),
+        (r"\.ls(\d)\.gamma$", r".ls\1"),
+        (r"^head\.norm\.", "pre_logits.norm."),
+        (r"^head\.pre_logits\.", "pre_logits."),
+        (r"^head\.fc\.", "head."),
+    ),
+)
+HEAD_DIM = 32
+# Numbers in the largest bias that is made whole: 16 MB in float32.
+WHOLE_BIAS = 2**22
+# Numbers in the bias of one band of rows of a larger map: what stays in a CPU's cache.
+BAND_BIAS = 2**20
+
+
+class CoAtNet(Backbone):
+    """A convolutional stem, two stages of MBConv, two of transformer blocks that attend over the whole map.
+
+    Attention has relative position biases, which are resized for maps of other sizes; time and memory of the two
+    last stages grow with the square of the number of cells.
+
+    Args:
+        dims: width of each stage.
+        depths: blocks per stage.
+        stem: widths of the stem's two convolutions.
+        img_size: side of the images whose maps the tables of relative positions are made for, or height and width.
+        act: activation of stem and MBConv, as `activate` takes it.
+        expand_output: MBConv expands from its output's width, and attention is as wide as its output; False takes
+            the input's width for both, as the `_rw` variants do.
+        pre_act: MBConv has an activation after its first norm.
+        se_act, se_early: as in `backbones.layers.MBConv`.
+        stride_mode: "dw" strides in the depth-wise convolution; "pool" averages before the expansion.
+        pool: how shortcuts and what attends are halved: "avg" or "max".
+        conv_bias: MBConv's last 1x1 and its shortcut have a bias.
+        shortcut_bias: shortcuts of transformer blocks have a bias.
+        norm: of transformer blocks and before the classifier: "layer" or "batch".
+        position_hidden: width of the MLP that computes position biases (`rmlp`); None for tables.
+        init_values: initial layer scale of transformer blocks; None for none.
+        hidden_head: the classifier is pooling, norm, linear, tanh, linear; False for norm, pooling, linear.
+        **options: those of `backbones.Backbone`.
+    """
+
+    key_layouts = (TIMM,)
+
+    def __init__(
+        self,
+        dims: Sequence[int] = (96, 192, 384, 768),
+        depths: Sequence[int] = (2, 3, 5, 2),
+        stem: Sequence[int] = (64, 64),
+        img_size: int | tuple[int, int] = 224,
+        act: str = "gelu",
+        expand_output: bool = True,
+        pre_act: bool = False,
+        se_act: str = "silu",
+        se_early: bool = False,
+        stride_mode: str = "dw",
+        pool: str = "avg",
+        conv_bias: bool = True,
+        shortcut_bias: bool = True,
+        norm: str = "layer",
+        position_hidden: int | None = None,
+        init_values: float | None = None,
+        hidden_head: bool = True,
+        **options: Any,
+    ):
+        super().__init__(channels=dims, strides=(4, 8, 16, 32), **options)
+        for name, value, known in (
+            ("stride_mode", stride_mode, ("dw", "pool")),
+            ("pool", pool, ("avg", "max")),
+            ("norm", norm, tuple(NORMS)),
+        ):
+            if value not in known:
+                raise InputError(f"CoAtNet: {name}={value!r} is unknown; choose from {known}")
+        self.norm_kind = norm
+        self.hidden_head = hidden_head
+        sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+
+        conv = partial(
+            MBConv,
+            expand_output=expand_output,
+            act=act,
+            pre_act=pre_act,
+            se_act=se_act,
+            se_early=se_early,
+            stride_mode=stride_mode,
+            pool=pool,
+            bias=conv_bias,
+        )
+        transformer = partial(
+            TransformerBlock,
+            expand_output=expand_output,
+            pool=pool,
+            shortcut_bias=shortcut_bias,
+            norm=NORMS[norm],
+            position_hidden=position_hidden,
+            init_values=init_values,
+        )
+        block = (
+            conv,
+            conv,
+            partial(transformer, grid=tuple(ceil_div(side, 16) for side in sides)),
+            partial(transformer, grid=tuple(ceil_div(side, 32) for side in sides)),
+        )
+        drop_path = self.drop_path_rates(depths)
+        self.stem = nn.Sequential(
+            ConvNorm(self.in_chans, stem[0], 3, 2, act=act),
+            nn.Conv2d(stem[0], stem[1], 3, padding=1, bias=False),
+        )
+        self.stages = nn.ModuleList(
+            self.wanted(
+                Blocks(
+                    *(
+                        block[i](dims[i] if j else (stem[1], *dims)[i], dims[i], stride=1 if j else 2, drop_path=rate)
+                        for j, rate in enumerate(drop_path[i])
+                    )
+                )
+                for i in range(4)
+            )
+        )
+        if hidden_head and not self.features_only:
+            self.pre_logits = PreLogits(dims[-1])
+        self.apply(_init_weights)
+
+    def make_norm(self) -> nn.Module:
+        return nn.Identity() if self.hidden_head else NORMS[self.norm_kind](self.num_features)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        x = features.mean((2, 3))
+        if self.hidden_head:
+            x = self.pre_logits(x)
+        x = F.dropout(x, self.drop_rate, self.training)
+        return x if pre_logits else self.head(x)
+
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if ".rel_pos." in name}
+
+    def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
+        blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
+        return {"stem": r"^stem", "blocks": [(blocks, None), (r"^(norm|pre_logits)\.", (99999,))]}
+
+
+class TransformerBlock(nn.Module):
+    """Attention over the whole map and MLP, with residuals, on maps (B, C, H, W); stride 2 pools both branches."""
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        stride: int,
+        grid: tuple[int, int],
+        expand_output: bool,
+        pool: str,
+        shortcut_bias: bool,
+        norm: Any,
+        position_hidden: int | None,
+        init_values: float | None,
+        drop_path: float,
+    ):
+        super().__init__()
+        self.pool = pool if stride == 2 else None
+        self.shortcut = nn.Conv2d(in_chans, dim, 1, bias=shortcut_bias) if in_chans != dim else nn.Identity()
+        self.norm1 = norm(in_chans)
+        self.attn = Attention(in_chans, dim if expand_output else in_chans, dim, grid, position_hidden)
+        self.norm2 = norm(dim)
+        self.mlp = Mlp(dim, 4 * dim)
+        self.drop_path = DropPath(drop_path)
+        for name in ("ls1", "ls2"):
+            scale = None if init_values is None else nn.Parameter(torch.full((dim,), init_values))
+            self.register_parameter(name, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        if self.pool:
+            x, y = self.shortcut(halve(x, self.pool)), halve(y, self.pool)
+        x = residual(x, self.drop_path(self.attn(y)), _per_channel(self.ls1))
+        return residual(x, self.drop_path(self.mlp(self.norm2(x))), _per_channel(self.ls2))
+
+
+class Attention(nn.Module):
+    """Attention among all cells of a map, with a bias for their offset: (B, in_chans, H, W) -> (B, out_chans, H, W)."""
+
+    def __init__(self, in_chans: int, dim: int, out_chans: int, grid: tuple[int, int], position_hidden: int | None):
+        super().__init__()
+        self.heads = dim // HEAD_DIM
+        self.qkv = nn.Conv2d(in_chans, 3 * dim, 1)
+        self.rel_pos = (
+            LogPositionBias(self.heads, position_hidden) if position_hidden else RelativePositionBias(grid, self.heads)
+        )
+        self.proj = nn.Conv2d(dim, out_chans, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, _, height, width = x.shape
+        qkv = self.qkv(x).permute(0, 2, 3, 1).reshape(batch, height * width, self.heads, 3, HEAD_DIM)
+        q, k, v = qkv.permute(3, 0, 2, 1, 4)  # (B, heads, N, 32) each
+        banded = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if banded and self.heads * (height * width) ** 2 > WHOLE_BIAS:
+            x = self._attend_by_bands(q, k, v, height, width)
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.rel_pos(height, width).to(q.dtype))
+        x = x.transpose(1, 2).reshape(batch, height, width, -1)
+        return self.proj(x.permute(0, 3, 1, 2))
+
+    def _attend_by_bands(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int) -> Tensor:
+        """The same, for a few rows of queries at a time, so that the bias of all cells to all is never held.
+
+        With the keys in reverse, the bias of a band is a window that slides over the table by offset.
+        """
+        table = self.rel_pos.by_offset(height, width).to(q.dtype)
+        k, v = k.flip(2), v.flip(2)
+        rows = max(1, BAND_BIAS // (self.heads * width * height * width))
+        out = q.new_empty(q.shape[0], height * width, self.heads, HEAD_DIM).transpose(1, 2)
+        for top in range(0, height, rows):
+            bias = table[:, top : top + rows + height - 1].unfold(1, height, 1).unfold(2, width, 1)
+            bias = bias.reshape(1, self.heads, -1, height * width)
+            band = slice(top * width, (top + rows) * width)
+            out[:, :, band] = F.scaled_dot_product_attention(q[:, :, band], k, v, attn_mask=bias)
+        return out
+
+
+class Mlp(nn.Module):
+    """1x1, exact GELU, 1x1."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Conv2d(dim, hidden, 1)
+        self.fc2 = nn.Conv2d(hidden, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(gelu(self.fc1(x)))
+
+
+NORMS = {"layer": layer_norm_2d, "batch": partial(nn.BatchNorm2d, eps=1e-6)}
+
+
+def _per_channel(scale: Tensor | None) -> Tensor | None:
+    return None if scale is None else scale[:, None, None]
+
+
+def _init_weights(module: nn.Module) -> None:
+    """As timm's: convolutions like EfficientNet's, attention and MLP like ViT's."""
+    if isinstance(module, nn.Conv2d):
+        fan_out = module.weight[:, 0].numel() // module.groups
+        nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    if isinstance(module, TransformerBlock):
+        for layer in module.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.xavier_uniform_(layer.weight)
