@@ -17,6 +17,7 @@ COMMANDS = {
     "info": ("info", "everything about one backbone"),
     "plugins": ("plugins", "where backbones come from, and which plugins do not work"),
     "check": ("check", "the conformance kit: whether a backbone or a plugin keeps its promises"),
+    "new-plugin": ("new_plugin", "a working plugin package to start from"),
     "bench": ("bench", "parameters, GMACs, latency, throughput and peak memory, beside timm's if asked"),
 }
 

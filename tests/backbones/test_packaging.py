@@ -81,7 +81,7 @@ def test_it_works_from_the_repository_and_from_elsewhere(where, tmp_path):
 def test_the_wheel_holds_the_three_roots_and_their_types(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("backbones", "plugins", "tasks"):
+    for name in ("backbones", "plugins", "tasks", "examples"):
         ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
         shutil.copytree(ROOT / name, source / name, ignore=ignore)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -94,6 +94,9 @@ def test_the_wheel_holds_the_three_roots_and_their_types(tmp_path):
         folder = ROOT / root
         expected = {str(p.relative_to(folder)) for p in (folder / package).rglob("*.py")} | {f"{package}/py.typed"}
         assert expected <= names
+    template = ROOT / "examples" / "plugin-template"
+    shipped = {name.partition("/plugin-template/")[2] for name in names if "/plugin-template/" in name}
+    assert shipped == {str(p.relative_to(template)) for p in template.rglob("*") if p.suffix in (".py", ".md", ".toml")}
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {
         "backbones",
         "backbones_tasks",
