@@ -1,0 +1,108 @@
+"""MobileViT (Mehta and Rastegari, https://arxiv.org/abs/2110.02178)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from backbones.layers import Attention, ConvNorm, Linear, activate, residual
+
+from .common import MobileTrunk, even, resize
+
+
+class MobileViT(MobileTrunk):
+    """Inverted residuals at strides 4 to 32, with transformers across 2 x 2 patches from stride 8 on.
+
+    The 1x1 convolution that widens the last map for the published classifier belongs to the classifier here.
+
+    Args:
+        stem_dims: widths of the first convolution and of the inverted residual after it, both at stride 2.
+        dims: width of each stage.
+        local_depth: inverted residuals of the first stage; the others have one.
+        attn_dims: width of the transformers of the last three stages.
+        depths: transformers in each of those.
+        heads: attention heads of a transformer.
+        mlp_ratio: hidden width of a transformer's MLP over its width.
+        expand_ratio: width inside an inverted residual over its input's.
+        head_dim: width of the classifier's last map.
+        **options: those of `backbones.Backbone`.
+    """
+
+    def __init__(
+        self,
+        stem_dims: tuple[int, int] = (16, 32),
+        dims: Sequence[int] = (64, 96, 128, 160),
+        local_depth: int = 3,
+        attn_dims: Sequence[int] = (144, 192, 240),
+        depths: Sequence[int] = (2, 4, 3),
+        heads: int = 4,
+        mlp_ratio: float = 2.0,
+        expand_ratio: float = 4.0,
+        head_dim: int = 640,
+        **options: Any,
+    ):
+        def block(i: int, dim: int, depth: int, drop_path: float) -> nn.Module:
+            return MobileViTBlock(dim, attn_dims[i], depth, heads, mlp_ratio, drop_path)
+
+        super().__init__(block, stem_dims, dims, local_depth, depths, expand_ratio, **options)
+        if not self.features_only:
+            self.num_features = head_dim
+
+    def make_norm(self) -> nn.Module:
+        return ConvNorm(self.out_channels[-1], self.num_features, kernel=1, act="silu")
+
+
+class MobileViTBlock(nn.Module):
+    """A convolution, transformers that see the whole map, and a convolution over that and the input: (B, dim, H, W)."""
+
+    def __init__(self, dim: int, attn_dim: int, depth: int, heads: int, mlp_ratio: float, drop_path: float):
+        super().__init__()
+        self.local = ConvNorm(dim, dim, act="silu")
+        self.embed = nn.Conv2d(dim, attn_dim, kernel_size=1, bias=False)
+        self.transformer = nn.Sequential(*(Transformer(attn_dim, heads, mlp_ratio, drop_path) for _ in range(depth)))
+        self.norm = nn.LayerNorm(attn_dim, eps=1e-5)
+        self.project = ConvNorm(attn_dim, dim, kernel=1, act="silu")
+        self.fuse = ConvNorm(2 * dim, dim, act="silu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, _, height, width = x.shape
+        y = resize(self.embed(self.local(x)), even(height), even(width), align_corners=False)
+        rows, columns = even(height) // 2, even(width) // 2
+        # A pixel attends to those of the same place in the other patches; each of the four places is a sequence.
+        patches = y.permute(0, 2, 3, 1).reshape(batch, rows, 2, columns, 2, -1)
+        tokens = patches.permute(0, 2, 4, 1, 3, 5).reshape(4 * batch, rows * columns, -1)
+        tokens = self.norm(self.transformer(tokens))
+        patches = tokens.reshape(batch, 2, 2, rows, columns, -1).permute(0, 3, 1, 4, 2, 5)
+        y = patches.reshape(batch, 2 * rows, 2 * columns, -1).permute(0, 3, 1, 2)
+        y = self.project(resize(y, height, width, align_corners=False))
+        return self.fuse(torch.cat((x, y), dim=1))
+
+
+class Transformer(nn.Module):
+    """Attention and MLP with residuals, on tokens (B, N, C)."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-5)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = residual(x, self.drop_path(self.attn(self.norm1(x))))
+        return residual(x, self.drop_path(self.mlp(self.norm2(x))))
+
+
+class Mlp(nn.Module):
+    """Linear, SiLU, linear over the last dimension."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(activate(self.fc1(x), "silu"))

@@ -1,0 +1,131 @@
+"""MobileViTv2 (Mehta and Rastegari, https://arxiv.org/abs/2206.02680)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, make_divisible
+from torch import Tensor, nn
+
+from backbones.layers import ConvNorm, activate, residual
+
+from .common import MobileTrunk, even, resize
+
+
+class MobileViTv2(MobileTrunk):
+    """Inverted residuals at strides 4 to 32, with attention that is linear in pixels from stride 8 on.
+
+    The official code resizes odd maps to even sides and leaves them so; here they are resized back, so that maps are
+    ceil(H / stride) x ceil(W / stride). Where 64 divides the sides of the image, the two are one.
+
+    Args:
+        width: all widths over those of `mobilevitv2_100`.
+        depths: transformers in each of the last three stages.
+        mlp_ratio: hidden width of a transformer's MLP over its width.
+        expand_ratio: width inside an inverted residual over its input's.
+        **options: those of `backbones.Backbone`.
+    """
+
+    def __init__(
+        self,
+        width: float = 1.0,
+        depths: tuple[int, int, int] = (2, 4, 3),
+        mlp_ratio: float = 2.0,
+        expand_ratio: float = 2.0,
+        **options: Any,
+    ):
+        stem, first, *dims = (make_divisible(width * dim) for dim in (32, 64, 128, 256, 384, 512))
+
+        def block(i: int, dim: int, depth: int, drop_path: float) -> nn.Module:
+            return MobileViTv2Block(dim, depth, mlp_ratio, drop_path)
+
+        super().__init__(block, (stem, first), dims, 2, depths, expand_ratio, **options)
+
+
+class MobileViTv2Block(nn.Module):
+    """A depth-wise convolution and transformers of half the width: (B, dim, H, W)."""
+
+    def __init__(self, dim: int, depth: int, mlp_ratio: float, drop_path: float):
+        super().__init__()
+        attn_dim = make_divisible(dim / 2)
+        self.local = ConvNorm(dim, dim, groups=dim, act="silu")
+        self.embed = nn.Conv2d(dim, attn_dim, kernel_size=1, bias=False)
+        self.transformer = nn.Sequential(*(Transformer(attn_dim, mlp_ratio, drop_path) for _ in range(depth)))
+        self.norm = nn.GroupNorm(1, attn_dim)
+        self.project = ConvNorm(attn_dim, dim, kernel=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        x = resize(x, even(height), even(width), align_corners=True)
+        x = self.norm(self.transformer(self.embed(self.local(x))))
+        # Interpolation and 1x1 convolution commute; the map is narrower before.
+        return self.project(resize(x, height, width, align_corners=True))
+
+
+class Transformer(nn.Module):
+    """Separable attention and MLP with residuals, on maps (B, C, H, W) of even sides."""
+
+    def __init__(self, dim: int, mlp_ratio: float, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(1, dim)
+        self.attn = SeparableAttention(dim)
+        self.norm2 = nn.GroupNorm(1, dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = residual(x, self.drop_path(self.attn(self.norm1(x))))
+        return residual(x, self.drop_path(self.mlp(self.norm2(x))))
+
+
+class SeparableAttention(nn.Module):
+    """Attention with one learned query: each place of the 2 x 2 patches has one context, which gates the values.
+
+    The scores of a place sum to 1 over the patches, so that its context, the weighted sum of keys, is the key of the
+    weighted sum of pixels. Keys are computed for four sums, not for every pixel.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.qkv_proj = nn.Conv2d(dim, 1 + 2 * dim, kernel_size=1)
+        self.out_proj = nn.Conv2d(dim, dim, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, dim, height, width = x.shape
+        query, key, value = self.qkv_proj.weight.split((1, dim, dim))
+        _, key_bias, value_bias = self.qkv_proj.bias.split((1, dim, dim))  # the query's shifts all scores alike
+        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
+        # (B, H W) -> (B, 4, H W): in each row, scores of one place over the patches, and zeros elsewhere
+        scores = (pixels @ query.flatten())[:, None] + _places(height, width, x)
+        context = F.linear(scores.softmax(-1) @ pixels, key.flatten(1), key_bias)  # (B, 4, C)
+        value = activate(F.conv2d(x, value, value_bias), "relu").permute(0, 2, 3, 1)
+        value = value.reshape(batch, height // 2, 2, width // 2, 2, dim)
+        value = _gate(value, context.reshape(batch, 1, 2, 1, 2, dim))
+        return self.out_proj(value.reshape(batch, height, width, dim).permute(0, 3, 1, 2))
+
+
+class Mlp(nn.Module):
+    """1x1 convolution, SiLU, 1x1 convolution."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Conv2d(dim, hidden, kernel_size=1)
+        self.fc2 = nn.Conv2d(hidden, dim, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(activate(self.fc1(x), "silu"))
+
+
+def _places(height: int, width: int, like: Tensor) -> Tensor:
+    """(4, H W): 0 where a pixel has the row's place in its 2 x 2 patch, -inf elsewhere."""
+    rows, columns = (torch.arange(side, device=like.device) % 2 for side in (height, width))
+    place = (2 * rows[:, None] + columns).flatten()
+    elsewhere = place != torch.arange(4, device=like.device)[:, None]
+    return torch.zeros_like(elsewhere, dtype=like.dtype).masked_fill_(elsewhere, float("-inf"))
+
+
+def _gate(x: Tensor, by: Tensor) -> Tensor:
+    """`x * by`; overwrites `x` where autograd does not need it."""
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (x.requires_grad or by.requires_grad)):
+        return x * by
+    return x.mul_(by)
