@@ -4,15 +4,16 @@ from backbones import BackboneSpec, Weights, hookimpl
 
 BACKBONES_API = 1
 
-# variant: dims, depths, MLP ratios, linear attention, parameters in millions (1000 classes), ImageNet top-1
+# variant: dims, depths, MLP ratios, linear attention, parameters in millions (1000 classes), multiply-adds in billions
+# (224 x 224), ImageNet top-1
 _VARIANTS = {
-    "b0": ((32, 64, 160, 256), (2, 2, 2, 2), (8, 8, 4, 4), False, 3.67, 70.5),
-    "b1": ((64, 128, 320, 512), (2, 2, 2, 2), (8, 8, 4, 4), False, 14.01, 78.7),
-    "b2": ((64, 128, 320, 512), (3, 4, 6, 3), (8, 8, 4, 4), False, 25.36, 82.0),
-    "b2_li": ((64, 128, 320, 512), (3, 4, 6, 3), (8, 8, 4, 4), True, 22.55, 82.1),
-    "b3": ((64, 128, 320, 512), (3, 4, 18, 3), (8, 8, 4, 4), False, 45.24, 83.1),
-    "b4": ((64, 128, 320, 512), (3, 8, 27, 3), (8, 8, 4, 4), False, 62.56, 83.6),
-    "b5": ((64, 128, 320, 512), (3, 6, 40, 3), (4, 4, 4, 4), False, 81.96, 83.8),
+    "b0": ((32, 64, 160, 256), (2, 2, 2, 2), (8, 8, 4, 4), False, 3.67, 0.57, 70.5),
+    "b1": ((64, 128, 320, 512), (2, 2, 2, 2), (8, 8, 4, 4), False, 14.01, 2.11, 78.7),
+    "b2": ((64, 128, 320, 512), (3, 4, 6, 3), (8, 8, 4, 4), False, 25.36, 4.03, 82.0),
+    "b2_li": ((64, 128, 320, 512), (3, 4, 6, 3), (8, 8, 4, 4), True, 22.55, 3.89, 82.1),
+    "b3": ((64, 128, 320, 512), (3, 4, 18, 3), (8, 8, 4, 4), False, 45.24, 6.90, 83.1),
+    "b4": ((64, 128, 320, 512), (3, 8, 27, 3), (8, 8, 4, 4), False, 62.56, 10.10, 83.6),
+    "b5": ((64, 128, 320, 512), (3, 6, 40, 3), (4, 4, 4, 4), False, 81.96, 11.72, 83.8),
 }
 
 
@@ -36,9 +37,10 @@ def register_backbones() -> list[BackboneSpec]:
                 ),
             ),
             params=params,
+            gmacs=gmacs,
             summary="pyramid of transformer stages with overlapping patches and spatially reduced attention",
             paper="https://arxiv.org/abs/2106.13797",
             license="Apache-2.0",
         )
-        for variant, (dims, depths, mlp_ratios, linear, params, top1) in _VARIANTS.items()
+        for variant, (dims, depths, mlp_ratios, linear, params, gmacs, top1) in _VARIANTS.items()
     ]

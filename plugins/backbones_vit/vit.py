@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import DropPath, LayerScale, resample_abs_pos_embed, to_2tuple
@@ -91,6 +91,8 @@ class VisionTransformer(Backbone):
     own_layout = "timm"
     new_parts = ("head", "head_dist", "fc_norm", "pre_logits", "pyramid", "dist_token")
     global_pools = ("token", "avg", "both")
+    #: What `pyramid` may be.
+    pyramids: ClassVar[tuple[str, ...]] = ("simple", "taps", "plain")
 
     def __init__(
         self,
@@ -114,15 +116,14 @@ class VisionTransformer(Backbone):
         global_pool: str = "token",
         **options: Any,
     ):
-        if pyramid not in ("simple", "taps", "plain"):
-            raise InputError(f"pyramid={pyramid!r} is unknown; choose from 'simple', 'taps' and 'plain'")
-        strides = (patch_size,) if pyramid == "plain" else STRIDES
-        super().__init__(
-            channels=Pyramid.channels(dim, patch_size, strides, halve=pyramid == "simple"),
-            strides=strides,
-            global_pool=global_pool,
-            **options,
-        )
+        if pyramid not in self.pyramids:
+            *some, last = map(repr, self.pyramids)
+            raise InputError(f"pyramid={pyramid!r} is unknown; choose from {', '.join(some)} and {last}")
+        taps = tuple(taps) if taps else tuple(round(depth * share) for share in (1 / 3, 1 / 2, 2 / 3, 1))
+        if len(taps) != 4 or list(taps) != sorted(taps) or not 1 <= taps[0] <= taps[-1] <= depth:
+            raise InputError(f"taps={taps} must be four ascending blocks from 1 to {depth}")
+        channels, strides, taps = self.levels(pyramid, dim, patch_size, depth, taps)
+        super().__init__(channels=channels, strides=strides, global_pool=global_pool, **options)
         self.num_features = dim
         self.size_divisor = patch_size
         self.pyramid_kind = pyramid
@@ -130,10 +131,8 @@ class VisionTransformer(Backbone):
         self.no_embed_class = no_embed_class
         self.representation_size = representation_size
 
-        taps = tuple(taps) if taps else tuple(round(depth * share) for share in (1 / 3, 1 / 2, 2 / 3, 1))
-        if len(taps) != 4 or list(taps) != sorted(taps) or not 1 <= taps[0] <= taps[-1] <= depth:
-            raise InputError(f"taps={taps} must be four ascending blocks from 1 to {depth}")
-        self.taps = taps if pyramid == "taps" and self.features_only else (depth,) * len(strides)
+        self.taps = taps
+        built = taps[self.out_indices[-1]] if self.features_only else depth
         quarters = tuple(math.ceil(depth * n / 4) for n in (1, 2, 3, 4))
         self.quarters = quarters
         global_blocks = tuple(q - 1 for q in quarters) if global_blocks is None else tuple(global_blocks)
@@ -148,18 +147,19 @@ class VisionTransformer(Backbone):
         if not self.features_only:
             self._check_pool(global_pool)
 
-        self.patch_embed = PatchEmbed(self.in_chans, dim, patch_size, conv_stem)
+        self.patch_embed = self.make_patch_embed(dim, patch_size, conv_stem)
         self.grid = tuple(side // patch_size for side in to_2tuple(img_size))
         if min(self.grid) < 1:
             raise InputError(f"img_size={img_size} is smaller than a patch of {patch_size}")
-        prefixed = not window_size
+        prefixed = built and not window_size
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if class_token and prefixed else None
         self.dist_token = nn.Parameter(torch.empty(1, 1, dim)) if distilled and prefixed else None
         self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, dim)) if reg_tokens and prefixed else None
         self.prefix = [t for t in ("cls_token", "dist_token", "reg_token") if getattr(self, t) is not None]
         self.prefix_tokens = sum(getattr(self, t).shape[1] for t in self.prefix)
         self.embedded_prefix = 0 if no_embed_class else self.prefix_tokens
-        self.pos_embed = nn.Parameter(torch.empty(1, self.embedded_prefix + math.prod(self.grid), dim))
+        positions = self.embedded_prefix + math.prod(self.grid)
+        self.pos_embed = nn.Parameter(torch.empty(1, positions, dim)) if built else None
         self._positions = TableCache()
 
         drop_path = self.drop_path_rates([depth])[0]
@@ -172,27 +172,33 @@ class VisionTransformer(Backbone):
                 drop_path[i],
                 window=0 if i in global_blocks else window_size,
             )
-            for i in range(self.taps[self.out_indices[-1]])
+            for i in range(built)
         )
-        if self.features_only:
+        if self.features_only and built:
             if self.out_norm:
                 self.norm = nn.LayerNorm(dim, eps=1e-6)
             if pyramid != "plain":
-                self.pyramid = Pyramid(dim, patch_size, self.strides, halve=pyramid == "simple")
+                own = [stride for i, stride in zip(self.out_indices, self.strides, strict=True) if taps[i]]
+                self.pyramid = Pyramid(dim, patch_size, own, halve=pyramid == "simple")
         self.apply(init_linear)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if built:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for token in self.prefix:
             nn.init.normal_(getattr(self, token), std=1e-6 if token == "cls_token" else 0.02)
 
     def forward_features(self, images: Tensor) -> list[Tensor] | Tensor:
         """Maps by index; of a classifier, the normed tokens (B, prefix tokens + patches, dim)."""
-        x = self.patch_embed(pad_to_multiple(images, self.size_divisor))  # (B, h, w, dim)
+        return self.forward_patches(self.patch_embed(pad_to_multiple(images, self.size_divisor)))
+
+    def forward_patches(self, x: Tensor) -> dict[int, Tensor] | Tensor:
+        """What `forward_features` returns, from embedded patches (B, h, w, dim)."""
         height, width = x.shape[1:3]
         x = self._embed(x)
         if not self.features_only:
             return self.norm(run_blocks(self.blocks, x, self.checkpointing and self.training).flatten(1, -2))
 
-        wanted = {self.taps[i]: None for i in self.out_indices}
+        indices = [i for i in self.out_indices if self.taps[i]]
+        wanted = {self.taps[i]: None for i in indices}
         start = 0
         for end in wanted:
             x = run_blocks(self.blocks[start:end], x, self.checkpointing and self.training)
@@ -203,8 +209,8 @@ class VisionTransformer(Backbone):
                 patches = patches.unflatten(1, (height, width))
             wanted[end] = patches.permute(0, 3, 1, 2)
             start = end
-        maps = [wanted[self.taps[i]] for i in self.out_indices]
-        return dict(zip(self.out_indices, maps if self.pyramid_kind == "plain" else self.pyramid(maps), strict=True))
+        maps = [wanted[self.taps[i]] for i in indices]
+        return dict(zip(indices, maps if self.pyramid_kind == "plain" else self.pyramid(maps), strict=True))
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, num_classes) of tokens; of a distilled model in training, the pair of both heads."""
@@ -247,6 +253,23 @@ class VisionTransformer(Backbone):
         stem = [self.patch_embed, self.pos_embed, *(getattr(self, t) for t in self.prefix)]
         bounds = [0, *self.quarters]
         return [stem, *(list(self.blocks[a:b]) for a, b in pairwise(bounds))]
+
+    def levels(
+        self, pyramid: str, dim: int, patch_size: int, depth: int, taps: Sequence[int]
+    ) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+        """Of each map: width, stride, and the block, counted from 1, that it comes from; 0 for none.
+
+        Called before anything is built.
+        """
+        strides = (patch_size,) if pyramid == "plain" else STRIDES
+        channels = Pyramid.channels(dim, patch_size, strides, halve=pyramid == "simple")
+        return channels, strides, taps if pyramid == "taps" else (depth,) * len(strides)
+
+    def make_patch_embed(
+        self, dim: int, patch_size: int, conv_stem: Sequence[int | tuple[int, int]] | None
+    ) -> nn.Module:
+        """What turns images into patches (B, h, w, dim)."""
+        return PatchEmbed(self.in_chans, dim, patch_size, conv_stem)
 
     def make_norm(self) -> nn.Module:
         return nn.LayerNorm(self.num_features, eps=1e-6)
