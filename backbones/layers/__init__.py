@@ -3,9 +3,9 @@
 from .attention import Attention, attend
 from .blocks import Blocks, residual, run_blocks
 from .cache import TableCache
-from .conv import ConvNorm, activate, fold_norm, pad_same
+from .conv import ConvNorm, activate, conv2d, fold_norm, pad_same
 from .head import PreLogits
-from .linear import Linear, Mlp, gelu, init_linear
+from .linear import Linear, Mlp, gelu, init_linear, linear
 from .mbconv import MBConv, SqueezeExcite, halve
 from .norm import layer_norm_2d
 from .padding import ceil_div, crop_to, pad_to_multiple
@@ -28,12 +28,14 @@ __all__ = [
     "activate",
     "attend",
     "ceil_div",
+    "conv2d",
     "crop_to",
     "fold_norm",
     "gelu",
     "halve",
     "init_linear",
     "layer_norm_2d",
+    "linear",
     "pad_same",
     "pad_to_multiple",
     "residual",

@@ -6,7 +6,7 @@ from timm.layers import get_same_padding
 from torch import Tensor, nn
 
 from .cache import TableCache
-from .linear import gelu
+from .linear import gelu, linear
 
 # What each activation is where autograd needs its input, and where it does not.
 _ACTIVATIONS = {
@@ -65,15 +65,23 @@ class ConvNorm(nn.Module):
         if self.same:
             x = pad_same(x, self.conv.kernel_size[0], self.conv.stride[0])
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return activate(self.norm(self.conv(x)), self.act)
+            return activate(self.norm(conv2d(x, self.conv)), self.act)
         sources = [*self.parameters(), self.norm.running_mean, self.norm.running_var]
         weight, bias = self._folded.get((), sources, self.fold)
-        conv = self.conv
-        return activate(F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups), self.act)
+        return activate(conv2d(x, self.conv, weight, bias), self.act)
 
     def fold(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the one convolution that does both."""
         return fold_norm(self.conv, self.norm)
+
+
+def conv2d(x: Tensor, conv: nn.Conv2d, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """What `conv` makes of (B, C, H, W), or would with another weight and bias; 1x1 kernels run as `linear`."""
+    if weight is None:
+        weight, bias = conv.weight, conv.bias
+    if conv.kernel_size == conv.stride == (1, 1) and conv.groups == 1:
+        return linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

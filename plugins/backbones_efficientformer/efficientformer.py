@@ -17,6 +17,7 @@ from backbones.layers import (
     Linear,
     Mlp,
     TableCache,
+    conv2d,
     fold_norm,
     gelu,
     init_linear,
@@ -193,7 +194,7 @@ class ConvMlp(nn.Module):
         self._folded = TableCache(entries=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm2(self.fc2(gelu(self.norm1(self.fc1(x)))))
+        return self.norm2(conv2d(gelu(self.norm1(conv2d(x, self.fc1))), self.fc2))
 
     @property
     def folds(self) -> bool:
@@ -209,7 +210,7 @@ class ConvMlp(nn.Module):
             return *fold_norm(self.fc1, self.norm1), weight * gamma[:, None, None, None], bias * gamma
 
         weight1, bias1, weight2, bias2 = self._folded.get((), sources, fold)
-        return F.conv2d(gelu(F.conv2d(x, weight1, bias1)), weight2, bias2)
+        return conv2d(gelu(conv2d(x, self.fc1, weight1, bias1)), self.fc2, weight2, bias2)
 
 
 class AttentionBlock(nn.Module):

@@ -13,11 +13,14 @@ from backbones.layers import (
     Attention,
     Blocks,
     ConvNorm,
+    DistanceBias,
     Linear,
     RelativePositionBias,
     TableCache,
     activate,
     attend,
+    conv2d,
+    fold_norm,
     gelu,
     pad_same,
     pad_to_multiple,
@@ -179,6 +182,34 @@ class TestConvNorm:
         assert layer.norm.num_batches_tracked == 1
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"groups": 4}, {"bias": False}])
+def test_conv2d_equals_the_module_forward_and_backward(options, channels_last):
+    conv = nn.Conv2d(8, 12, 1, **options)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(2, 8, 5, 7).contiguous(memory_format=memory_format)
+    gradients = []
+    for run in (conv, lambda x: conv2d(x, conv)):
+        leaf = x.clone().requires_grad_()
+        y = run(leaf)
+        y.square().sum().backward()
+        gradients.append([y, leaf.grad, conv.weight.grad.clone()])
+        conv.zero_grad()
+    for theirs, ours in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    weight = torch.randn_like(conv.weight)
+    torch.testing.assert_close(
+        conv2d(x, conv, weight), nn.functional.conv2d(x, weight, stride=conv.stride, groups=conv.groups)
+    )
+
+
+def test_a_folded_norm_scales_the_bias_of_the_convolution_too(randomise):
+    conv, norm = randomise(nn.Conv2d(4, 6, 3)), randomise(nn.BatchNorm2d(6))
+    x = torch.randn(2, 4, 8, 8)
+    weight, bias = fold_norm(conv, norm)
+    torch.testing.assert_close(nn.functional.conv2d(x, weight, bias), norm(conv(x)), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("side", "left", "right"), [(8, 0, 1), (9, 1, 1), (1, 1, 1)])
 def test_same_padding_puts_the_odd_pixel_last(side, left, right):
     padded = pad_same(torch.ones(1, 1, side, side), kernel=3, stride=2)
@@ -216,6 +247,34 @@ class TestRelativePositionBias:
         assert RelativePositionBias(3, heads=2).fit(torch.randn(49, 2)).shape == (25, 2)
         with pytest.raises(InputError, match="35 relative positions"):
             RelativePositionBias(3, heads=2).fit(torch.randn(35, 2))
+
+
+class TestDistanceBias:
+    def test_a_bias_depends_on_distance_alone(self):
+        bias = DistanceBias((3, 4), heads=2)
+        nn.init.normal_(bias.table)
+        table = bias.table.detach().reshape(2, 3, 4)
+        cells = [(y, x) for y in range(3) for x in range(4)]
+        rows = [[table[:, abs(qy - ky), abs(qx - kx)] for ky, kx in cells] for qy, qx in cells]
+        assert torch.equal(bias(3, 4)[0], torch.stack([torch.stack(row) for row in rows]).permute(2, 0, 1))
+
+    def test_on_other_grids_it_stays_symmetric_and_distance_zero_stays_where_it_is(self):
+        bias = DistanceBias(4, heads=2)
+        nn.init.normal_(bias.table)
+        for size in [(2, 6), (5, 3), (1, 1)]:
+            by_offset = bias.by_offset(*size)
+            torch.testing.assert_close(by_offset, by_offset.flip(1).flip(2))
+            torch.testing.assert_close(by_offset, by_offset.flip(2))
+            torch.testing.assert_close(by_offset[:, size[0] - 1, size[1] - 1], bias.table[:, 0])
+
+    def test_a_table_of_another_grid_is_resized(self):
+        bias = DistanceBias(3, heads=2)
+        assert torch.equal(bias.fit(table := torch.randn(2, 9)), table)
+        large = torch.randn(2, 25)
+        assert bias.fit(large).shape == (2, 9)
+        torch.testing.assert_close(bias.fit(large)[:, 0], large[:, 0])
+        with pytest.raises(InputError, match="35 distances"):
+            bias.fit(torch.randn(2, 35))
 
 
 class TestTableCache:

@@ -123,7 +123,7 @@ def test_training_equals_timm(reference, load_pair, assert_equals_reference):
 
 
 def test_drop_path_drops_both_branches(reference, load_pair):
-    model, backbone = load_pair("efficientformer_l1", reference, drop_path_rate=0.5)
+    _, backbone = load_pair("efficientformer_l1", reference, drop_path_rate=0.5)
     block = backbone.stages[1].blocks[1].train()
     block.drop_path.drop_prob = 1 - 1e-9
     x = torch.randn(2, 96, 8, 8)
