@@ -1,8 +1,7 @@
 """Swin Transformer (Liu et al., https://arxiv.org/abs/2103.14030)."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
@@ -24,16 +23,13 @@ from backbones.layers import (
     pad_to_multiple,
     residual,
 )
-from backbones.layers.padding import is_exporting
 from backbones.weights import KeyLayout
 
 _BLOCKS = (
     (r".*\.(relative_position_index|attn_mask)$", ""),  # computed here
     (r"\.relative_position_bias_table$", ".bias.table"),
 )
-TIMM = KeyLayout(
-    "timm", (*_BLOCKS, (r"^patch_embed\.", "stem."), (r"^layers\.", "stages."), (r"^head\.fc\.", "head."))
-)
+TIMM = KeyLayout("timm", (*_BLOCKS, (r"^patch_embed\.", "stem."), (r"^layers\.", "stages."), (r"^head\.fc\.", "head.")))
 OFFICIAL = KeyLayout(
     "official",
     (
@@ -214,11 +210,14 @@ class WindowAttention(nn.Module):
             qkv = torch.cat((qkv, self.qkv.bias.to(qkv.dtype)[None]))
         windows = qkv.index_select(0, cut.gather).unflatten(0, (-1, cut.height * cut.width))  # (windows, N, 3 * C)
         biases = self._biases.get(cut.key, self.bias.table, lambda: self.biases(cut)).to(qkv.dtype)
-        attended = [
-            attend(*part.chunk(3, dim=-1), self.heads, bias)
-            for part, bias in zip(windows.split(cut.counts), biases.split(1), strict=True)
-        ]
-        cells = torch.cat(attended).flatten(0, 1).index_select(0, cut.scatter)
+        if cut.masks is None:
+            attended = attend(*windows.chunk(3, dim=-1), self.heads, biases)
+        elif isinstance(cut.kinds, Tensor):
+            attended = attend(*windows.chunk(3, dim=-1), self.heads, biases.index_select(0, cut.kinds))
+        else:
+            parts = zip(windows.split(cut.kinds), biases.split(1), strict=True)
+            attended = torch.cat([attend(*part.chunk(3, dim=-1), self.heads, bias) for part, bias in parts])
+        cells = attended.flatten(0, 1).index_select(0, cut.scatter)
         return self.proj(cells.reshape(x.shape))
 
     def biases(self, cut: "Cut") -> Tensor:
@@ -246,9 +245,9 @@ class Cut:
     gather: Tensor
     #: (B * H * W,): for each cell, the row of its place in a window.
     scatter: Tensor
-    #: Windows of each kind.
-    counts: list[int]
-    #: (kinds, 1, N, N), added to the logits; None where windows are not shifted.
+    #: How many windows of each kind there are; while compiling, when none may be empty, the kind of each window.
+    kinds: list[int] | Tensor
+    #: (kinds, 1, N, N), added to the logits; None where windows are not shifted and all of a kind.
     masks: Tensor | None
 
 
@@ -273,23 +272,30 @@ class Windows:
 
     def cut(self, batch: int, height: int, width: int, device: torch.device) -> Cut:
         (wh, sh), (ww, sw) = self._along(height), self._along(width)
-        rows = _shifted(height, wh, sh, device)[:, None, :, None]
-        columns = _shifted(width, ww, sw, device)[None, :, None, :]
-        images = torch.arange(batch, device=device)[:, None, None, None, None]
-        cells = (images * height + rows) * width + columns
-        cells = torch.where((rows < height) & (columns < width), cells, batch * height * width)
-        masks = None
-        if sh or sw:
-            kinds = [cells[:, a, b] for a, b in product((slice(None, -1), slice(-1, None)), repeat=2)]
-            masks = torch.stack([_mask(wh, ww, a, b, device) for a, b in product((0, sh), (0, sw))])[:, None]
-        else:
-            kinds = [cells]
-        counts = [kind.shape[0] * kind.shape[1] * kind.shape[2] for kind in kinds]
-        gather = torch.cat([kind.flatten() for kind in kinds])
+        rows, columns = ceil_div(height, wh), ceil_div(width, ww)
+        window = torch.arange(batch * rows * columns, device=device)
+        # Neither broadcast nor sliced by size, which would fix symbolic sizes that happen to be 1.
+        kind = 2 * (window // columns % rows == rows - 1) + (window % columns == columns - 1)
+        compiling = torch.compiler.is_compiling()
+        if (sh or sw) and not compiling:
+            window = kind.argsort(stable=True)
+        place = (window[:, None] * (wh * ww) + torch.arange(wh * ww, device=device)).flatten()
+        window, place = place // (wh * ww), place % (wh * ww)
+        y = (window // columns % rows * wh + place // ww + sh) % (rows * wh)
+        x = (window % columns * ww + place % ww + sw) % (columns * ww)
+        cell = (window // (rows * columns) * height + y) * width + x
+        gather = torch.where((y < height) & (x < width), cell, batch * height * width)
         scatter = gather.new_empty(batch * height * width + 1)
-        scatter = scatter.scatter(0, gather, torch.arange(gather.shape[0], device=device))[:-1]
-        padded = torch.compiler.is_compiling() or height % wh > 0 or width % ww > 0
-        return Cut(wh, ww, (wh, ww, sh, sw), padded, gather, scatter, counts, masks)
+        return Cut(
+            height=wh,
+            width=ww,
+            key=(wh, ww, sh, sw),
+            padded=compiling or height % wh > 0 or width % ww > 0,
+            gather=gather,
+            scatter=scatter.scatter(0, gather, torch.arange(gather.shape[0], device=device))[:-1],
+            kinds=kind if compiling else [batch * r * c for r in (rows - 1, 1) for c in (columns - 1, 1)],
+            masks=_masks(wh, ww, sh, sw, device) if sh or sw else None,
+        )
 
     def _along(self, side: int) -> tuple[int, int]:
         """Length of the windows along a side of the map, and their shift."""
@@ -298,16 +304,15 @@ class Windows:
         return self.size, self.shift
 
 
-def _shifted(side: int, size: int, shift: int, device: torch.device) -> Tensor:
-    """(windows, size): positions along a padded side that each window holds after the shift."""
-    windows = ceil_div(side, size)
-    places = torch.arange(windows, device=device)[:, None] * size + torch.arange(size, device=device)
-    return (places + shift) % (windows * size)
+def _masks(height: int, width: int, bottom: int, right: int, device: torch.device) -> Tensor:
+    """(4, 1, N, N): -100 between cells from opposite ends of the map.
 
-
-def _mask(height: int, width: int, bottom: int, right: int, device: torch.device) -> Tensor:
-    """(N, N): -100 between cells of a window whose last `bottom` rows and `right` columns come from elsewhere."""
-    rows = torch.arange(height, device=device)[:, None] >= height - bottom
-    columns = torch.arange(width, device=device) >= width - right
-    region = (2 * rows + columns).flatten()
-    return -100.0 * (region[:, None] != region)
+    In the lower row of windows, these are the last `bottom` rows; in the last column of windows, the last `right`
+    columns. The kinds: neither, the right, the lower, both.
+    """
+    kind = torch.arange(4, device=device)[:, None]
+    cell = torch.arange(height * width, device=device)
+    low = (cell // width >= height - bottom) & (kind // 2 == 1)
+    far = (cell % width >= width - right) & (kind % 2 == 1)
+    region = 2 * low + far  # (4, N)
+    return -100.0 * (region[:, None, :, None] != region[:, None, None, :])
