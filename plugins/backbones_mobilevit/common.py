@@ -1,5 +1,6 @@
 """What MobileViT and MobileViTv2 share: the MobileNetV2 trunk that their transformers sit in."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -100,12 +101,13 @@ class InvertedResidual(nn.Module):
         self.expand = ConvNorm(in_chans, hidden, kernel=1, act="silu")
         self.depthwise = ConvNorm(hidden, hidden, stride=stride, groups=hidden, act="silu")
         self.project = ConvNorm(hidden, out_chans, kernel=1)
-        # Without a residual to fall back on, a dropped path would leave nothing of the image.
-        self.drop_path = DropPath(drop_path) if stride == 1 and in_chans == out_chans else None
+        self.drop_path = DropPath(drop_path)
+        self.has_residual = stride == 1 and in_chans == out_chans
 
     def forward(self, x: Tensor) -> Tensor:
         update = self.project(self.depthwise(self.expand(x)))
-        return update if self.drop_path is None else residual(x, self.drop_path(update))
+        # Where there is no residual to fall back on, a dropped path would leave nothing of the image.
+        return residual(x, self.drop_path(update)) if self.has_residual else update
 
 
 def resize(x: Tensor, height: int, width: int, align_corners: bool) -> Tensor:
@@ -116,6 +118,18 @@ def resize(x: Tensor, height: int, width: int, align_corners: bool) -> Tensor:
     return x
 
 
+def to_patches(x: Tensor) -> Tensor:
+    """(B, H, W, C) of even sides -> (B, H / 2, 2, W / 2, 2, C), without a copy."""
+    if is_exporting():  # the other way asks whether a quotient divides a side, which it cannot prove
+        return x.unfold(1, 2, 2).unfold(2, 2, 2).permute(0, 1, 4, 2, 5, 3)
+    return x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+
+
+def from_patches(x: Tensor) -> Tensor:
+    """(B, H / 2, 2, W / 2, 2, C) -> (B, H, W, C)."""
+    return x.flatten(3, 4).flatten(1, 2)
+
+
 def even(side: int) -> int:
     """The side of a map that 2 x 2 patches cover."""
     return 2 * ceil_div(side, 2)
@@ -124,6 +138,7 @@ def even(side: int) -> int:
 def _init_weights(module: nn.Module) -> None:
     init_linear(module)
     if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
         if module.bias is not None:
             nn.init.zeros_(module.bias)

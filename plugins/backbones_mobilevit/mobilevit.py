@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from backbones.layers import Attention, ConvNorm, Linear, activate, residual
 
-from .common import MobileTrunk, even, resize
+from .common import MobileTrunk, even, from_patches, resize, to_patches
 
 
 class MobileViT(MobileTrunk):
@@ -69,13 +69,11 @@ class MobileViTBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
         y = resize(self.embed(self.local(x)), even(height), even(width), align_corners=False)
-        rows, columns = even(height) // 2, even(width) // 2
         # A pixel attends to those of the same place in the other patches; each of the four places is a sequence.
-        patches = y.permute(0, 2, 3, 1).reshape(batch, rows, 2, columns, 2, -1)
-        tokens = patches.permute(0, 2, 4, 1, 3, 5).reshape(4 * batch, rows * columns, -1)
-        tokens = self.norm(self.transformer(tokens))
-        patches = tokens.reshape(batch, 2, 2, rows, columns, -1).permute(0, 3, 1, 4, 2, 5)
-        y = patches.reshape(batch, 2 * rows, 2 * columns, -1).permute(0, 3, 1, 2)
+        patches = to_patches(y.permute(0, 2, 3, 1)).permute(0, 2, 4, 1, 3, 5)  # (B, 2, 2, rows, columns, C)
+        tokens = self.norm(self.transformer(patches.flatten(3, 4).flatten(0, 2)))
+        patches = tokens.view(patches.shape).permute(0, 3, 1, 4, 2, 5)
+        y = from_patches(patches).permute(0, 3, 1, 2)
         y = self.project(resize(y, height, width, align_corners=False))
         return self.fuse(torch.cat((x, y), dim=1))
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from backbones.layers import ConvNorm, activate, residual
 
-from .common import MobileTrunk, even, resize
+from .common import MobileTrunk, even, from_patches, resize, to_patches
 
 
 class MobileViTv2(MobileTrunk):
@@ -99,9 +99,8 @@ class SeparableAttention(nn.Module):
         scores = (pixels @ query.flatten())[:, None] + _places(height, width, x)
         context = F.linear(scores.softmax(-1) @ pixels, key.flatten(1), key_bias)  # (B, 4, C)
         value = activate(F.conv2d(x, value, value_bias), "relu").permute(0, 2, 3, 1)
-        value = value.reshape(batch, height // 2, 2, width // 2, 2, dim)
-        value = _gate(value, context.reshape(batch, 1, 2, 1, 2, dim))
-        return self.out_proj(value.reshape(batch, height, width, dim).permute(0, 3, 1, 2))
+        gated = _gate(to_patches(value), context.reshape(batch, 1, 2, 1, 2, dim))
+        return self.out_proj(from_patches(gated).permute(0, 3, 1, 2))
 
 
 class Mlp(nn.Module):
