@@ -1,0 +1,221 @@
+"""Twins-SVT and Twins-PCPVT (Chu et al., https://arxiv.org/abs/2104.13840)."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from backbones.backbone import Backbone
+from backbones.layers import (
+    Attention,
+    Blocks,
+    Linear,
+    Mlp,
+    attend,
+    init_linear,
+    layer_norm_2d,
+    pad_to_multiple,
+    residual,
+    window_partition,
+    window_unpartition,
+)
+from backbones.weights import KeyLayout
+
+OFFICIAL = KeyLayout(
+    "official",  # and timm's, which kept the names
+    (
+        (r"^patch_embeds\.(\d)\.", r"stages.\1.embed."),
+        (r"^blocks\.(\d)\.", r"stages.\1.blocks."),
+        (r"^pos_block\.(\d)\.proj\.0\.", r"stages.\1.blocks.0.position.conv."),
+        (r"^norm_list\.", "stage_norms."),
+    ),
+)
+
+
+class Twins(Backbone):
+    """Four stages of transformer blocks at strides 4, 8, 16 and 32, with convolutional position encodings.
+
+    Args:
+        dims: width of each stage.
+        depths: blocks per stage.
+        heads: attention heads per stage.
+        sr_ratios: how much each stage shrinks keys and values of its global attention along each side.
+        mlp_ratios: hidden width of each stage's MLP over its width.
+        window_size: side of the windows in which every other block attends, from the first one (SVT); None for global
+            attention in all blocks (PCPVT).
+        **options: those of `backbones.Backbone`. In SVT, `out_norm` follows the official dense-prediction code: the
+            norm after a stage is what the next stage sees, too.
+    """
+
+    key_layouts = (OFFICIAL,)
+    new_parts = ("head", "out_norms", "stage_norms")
+
+    def __init__(
+        self,
+        dims: Sequence[int] = (64, 128, 256, 512),
+        depths: Sequence[int] = (2, 2, 10, 4),
+        heads: Sequence[int] = (2, 4, 8, 16),
+        sr_ratios: Sequence[int] = (8, 4, 2, 1),
+        mlp_ratios: Sequence[float] = (4, 4, 4, 4),
+        window_size: int | None = 7,
+        **options: Any,
+    ):
+        super().__init__(channels=dims, strides=(4, 8, 16, 32), **options)
+        drop_path = self.drop_path_rates(depths)
+        self.stem = nn.Identity()
+        self.stages = nn.ModuleList(
+            self.wanted(
+                Stage(
+                    embed=PatchEmbed(dims[i - 1], dims[i], 2) if i else PatchEmbed(self.in_chans, dims[0], 4),
+                    blocks=[
+                        Block(
+                            dims[i],
+                            attn=WindowAttention(dims[i], heads[i], window_size)
+                            if window_size and j % 2 == 0
+                            else GlobalAttention(dims[i], heads[i], sr_ratios[i]),
+                            mlp_ratio=mlp_ratios[i],
+                            drop_path=rate,
+                            position=PositionEncoding(dims[i]) if j == 0 else nn.Identity(),
+                        )
+                        for j, rate in enumerate(drop_path[i])
+                    ],
+                )
+                for i in range(4)
+            )
+        )
+        self.in_trunk = self.out_norm and self.features_only and window_size is not None
+        norms = (layer_norm_2d(dim) for dim in dims[: len(self.stages)])
+        self.stage_norms = nn.ModuleList(norms if self.in_trunk else ())
+        self.apply(_init_weights)
+
+    def forward_features(self, images: Tensor) -> list[Tensor] | Tensor:
+        if not self.in_trunk:
+            return super().forward_features(images)
+        maps, x = [], images
+        for stage, norm in zip(self.stages, self.stage_norms, strict=True):
+            x = norm(self._run(stage, x))
+            maps.append(x)
+        return maps
+
+    def make_norm(self) -> nn.Module:
+        return layer_norm_2d(self.num_features)
+
+    def make_out_norm(self, channels: int) -> nn.Module:
+        return nn.Identity() if self.in_trunk else super().make_out_norm(channels)
+
+    def freezable(self) -> list[list[nn.Module | nn.Parameter]]:
+        return [[self.stages[0].embed], *([stage] for stage in self.stages)]
+
+    def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
+        stages = [r"^stages\.(\d+)"] if coarse else [r"^stages\.(\d+)\.embed", r"^stages\.(\d+)\.blocks\.(\d+)"]
+        blocks = [*((stage, None) for stage in stages), (r"^(?:stage_)?norm", (99999,))]
+        return {"stem": r"^stages\.0\.embed", "blocks": blocks}
+
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if ".position." in name}
+
+
+class Stage(nn.Module):
+    """(B, C_in, H, W) -> (B, dim, H / stride, W / stride)."""
+
+    def __init__(self, embed: nn.Module, blocks: Sequence[nn.Module]):
+        super().__init__()
+        self.embed = embed
+        self.blocks = Blocks(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.embed(x)).permute(0, 3, 1, 2)
+
+
+class PatchEmbed(nn.Module):
+    """Patches that do not overlap: (B, C_in, H, W) -> (B, H / stride, W / stride, dim)."""
+
+    def __init__(self, in_chans: int, dim: int, stride: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, stride, stride)
+        self.norm = nn.LayerNorm(dim, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(pad_to_multiple(x, self.proj.stride[0])).permute(0, 2, 3, 1))
+
+
+class Block(nn.Module):
+    """Attention and MLP with residuals, on maps (B, H, W, C); the first of a stage encodes positions at its end."""
+
+    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: float, position: nn.Module):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+        self.position = position
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = residual(x, self.drop_path(self.attn(self.norm1(x))))
+        return self.position(residual(x, self.drop_path(self.mlp(self.norm2(x)))))
+
+
+class PositionEncoding(nn.Module):
+    """Depth-wise 3 x 3 convolution with a residual, on maps (B, H, W, C): zeros around the map tell where it ends."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return residual(x, self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class WindowAttention(Attention):
+    """Attention within windows of a map (B, H, W, C); padding at its right and bottom takes part, as a row of zeros."""
+
+    def __init__(self, dim: int, heads: int, window_size: int):
+        super().__init__(dim, heads)
+        self.window_size = window_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, _ = x.shape
+        windows = window_partition(x, self.window_size)
+        windows = attend(*self.qkv(windows).chunk(3, dim=-1), self.heads)
+        return self.proj(window_unpartition(windows, self.window_size, batch, height, width))
+
+
+class GlobalAttention(nn.Module):
+    """Attention of every cell of a map (B, H, W, C) to a smaller map, which a strided convolution makes."""
+
+    def __init__(self, dim: int, heads: int, sr_ratio: int):
+        super().__init__()
+        self.heads = heads
+        self.sr_ratio = sr_ratio
+        self.q = Linear(dim, dim)
+        self.kv = Linear(dim, 2 * dim)
+        self.proj = Linear(dim, dim)
+        if sr_ratio > 1:
+            self.sr = nn.Conv2d(dim, dim, sr_ratio, sr_ratio)
+            self.norm = nn.LayerNorm(dim, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, v = self.kv(self.reduce(x).flatten(1, 2)).chunk(2, dim=-1)
+        return self.proj(attend(self.q(x).flatten(1, 2), k, v, self.heads)).reshape(x.shape)
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """The map that keys and values come from: (B, H, W, C) -> (B, h, w, C)."""
+        if self.sr_ratio == 1:
+            return x
+        x = x.permute(0, 3, 1, 2)
+        height, width = x.shape[-2:]
+        if height < self.sr_ratio or width < self.sr_ratio:  # smaller than one kernel
+            x = F.pad(x, (0, max(0, self.sr_ratio - width), 0, max(0, self.sr_ratio - height)))
+        return self.norm(self.sr(x).permute(0, 2, 3, 1))
+
+
+def _init_weights(module: nn.Module) -> None:
+    init_linear(module)
+    if isinstance(module, nn.Conv2d):
+        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        nn.init.zeros_(module.bias)
