@@ -1,0 +1,225 @@
+"""EdgeViT (Pan et al., https://arxiv.org/abs/2205.03436)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from backbones.backbone import Backbone
+from backbones.errors import InputError
+from backbones.layers import (
+    Blocks,
+    Linear,
+    Mlp,
+    TableCache,
+    attend,
+    conv2d,
+    crop_to,
+    gelu,
+    init_linear,
+    pad_to_multiple,
+    residual,
+)
+from backbones.weights import KeyLayout
+
+OFFICIAL = KeyLayout(
+    "official",
+    (
+        *((rf"^patch_embed{n}\.", f"stages.{n - 1}.embed.") for n in range(1, 5)),
+        *((rf"^blocks{n}\.", f"stages.{n - 1}.blocks.") for n in range(1, 5)),
+        (r"\.LocalAgg\.norm1\.", ".local_agg.conv1.norm."),
+        (r"\.LocalAgg\.conv1\.", ".local_agg.conv1.conv."),
+        (r"\.LocalAgg\.norm2\.", ".local_agg.fc1.norm."),
+        (r"\.LocalAgg\.mlp\.fc1\.", ".local_agg.fc1.conv."),
+        (r"\.LocalAgg\.(mlp\.)?", ".local_agg."),
+        (r"\.SelfAttn\.", ".self_attn."),
+        (r"\.LocalProp\.", ".local_prop."),
+    ),
+)
+
+
+class EdgeViT(Backbone):
+    """Four stages of local, then sparse global, residual blocks at strides 4, 8, 16 and 32.
+
+    Args:
+        dims: width of each stage.
+        depths: blocks per stage.
+        heads: attention heads per stage.
+        rates: per stage, the side of the squares of cells of which one attends for all; at 1 all attend, and
+            there is no local aggregation.
+        mlp_ratio: hidden width of the MLPs over that of the stage.
+        **options: those of `backbones.Backbone`.
+    """
+
+    key_layouts = (OFFICIAL,)
+
+    def __init__(
+        self,
+        dims: Sequence[int] = (48, 96, 240, 384),
+        depths: Sequence[int] = (1, 2, 5, 3),
+        heads: Sequence[int] = (1, 2, 5, 8),
+        rates: Sequence[int] = (4, 2, 2, 1),
+        mlp_ratio: float = 4.0,
+        **options: Any,
+    ):
+        super().__init__(channels=dims, strides=(4, 8, 16, 32), **options)
+        drop_path = self.drop_path_rates(depths)
+        self.stem = nn.Identity()
+        self.stages = nn.ModuleList(
+            self.wanted(
+                Stage(
+                    PatchEmbed(dims[i - 1], dims[i], 2) if i else PatchEmbed(self.in_chans, dims[0], 4),
+                    [Block(dims[i], heads[i], rates[i], mlp_ratio, drop) for drop in drop_path[i]],
+                )
+                for i in range(4)
+            )
+        )
+        self.apply(init_linear)
+
+    def freezable(self) -> list[list[nn.Module | nn.Parameter]]:
+        return [[self.stages[0].embed], *([stage] for stage in self.stages)]
+
+    def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
+        if coarse:
+            return {"stem": r"^stages\.0\.embed", "blocks": [(r"^stages\.(\d+)", None), (r"^norm", (99999,))]}
+        return {
+            "stem": r"^stages\.0\.embed",
+            "blocks": [
+                (r"^stages\.(\d+)\.embed", None),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ],
+        }
+
+    def make_norm(self) -> nn.Module:
+        return nn.BatchNorm2d(self.num_features)
+
+
+class Stage(nn.Module):
+    """(B, C_in, H, W) -> (B, dim, ceil(H / stride), ceil(W / stride))."""
+
+    def __init__(self, embed: nn.Module, blocks: Sequence[nn.Module]):
+        super().__init__()
+        self.embed = embed
+        self.blocks = Blocks(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.embed(x))
+
+
+class PatchEmbed(nn.Module):
+    """Patches that do not overlap; those at the right and bottom are filled up with zeros."""
+
+    def __init__(self, in_chans: int, dim: int, size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, size, size)
+        self.norm = nn.LayerNorm(dim, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.proj(pad_to_multiple(x, self.proj.stride[0]))
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Block(nn.Module):
+    """Local aggregation where attention is sparse, then attention; on maps (B, C, H, W)."""
+
+    def __init__(self, dim: int, heads: int, rate: int, mlp_ratio: float, drop_path: float):
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.local_agg = LocalAggregation(dim, hidden, drop_path) if rate > 1 else nn.Identity()
+        self.self_attn = AttentionBlock(dim, heads, rate, hidden, drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.self_attn(self.local_agg(x))
+
+
+class LocalAggregation(nn.Module):
+    """A block whose token mixer is a depth-wise 5x5 convolution between two 1x1; on maps (B, C, H, W)."""
+
+    def __init__(self, dim: int, hidden: int, drop_path: float):
+        super().__init__()
+        self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.conv1 = NormConv(dim, dim)
+        self.attn = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
+        self.conv2 = nn.Conv2d(dim, dim, 1)
+        self.fc1 = NormConv(dim, hidden)
+        self.fc2 = nn.Conv2d(hidden, dim, 1)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = residual(x, self.pos_embed(x))
+        x = residual(x, self.drop_path(conv2d(self.attn(self.conv1(x)), self.conv2)))
+        return residual(x, self.drop_path(conv2d(gelu(self.fc1(x)), self.fc2)))
+
+
+class NormConv(nn.Module):
+    """BatchNorm, then a 1x1 convolution; in eval mode without autograd they are one convolution."""
+
+    def __init__(self, in_chans: int, out_chans: int):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(in_chans)
+        self.conv = nn.Conv2d(in_chans, out_chans, 1)
+        self._folded = TableCache(entries=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return conv2d(self.norm(x), self.conv)
+        sources = [*self.parameters(), self.norm.running_mean, self.norm.running_var]
+        return conv2d(x, self.conv, *self._folded.get((), sources, self.fold))
+
+    def fold(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the one convolution that does both."""
+        norm, weight = self.norm, self.conv.weight
+        scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
+        shift = norm.bias.double() - norm.running_mean.double() * scale
+        bias = self.conv.bias + weight.double().flatten(1) @ shift
+        return (weight * scale[:, None, None]).to(weight), bias.to(weight)
+
+
+class AttentionBlock(nn.Module):
+    """Position encoding by a depth-wise convolution, attention and MLP with residuals; on maps (B, C, H, W)."""
+
+    def __init__(self, dim: int, heads: int, rate: int, hidden: int, drop_path: float):
+        super().__init__()
+        self.rate = rate
+        self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = SparseAttention(dim, heads, rate)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, hidden)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = residual(x, self.pos_embed(x)).permute(0, 2, 3, 1)  # (B, H, W, C)
+        picked = self.norm1(x[:, :: self.rate, :: self.rate])  # those between take no part
+        x = residual(x, self.drop_path(self.attn(picked, *x.shape[1:3])))
+        return residual(x, self.drop_path(self.mlp(self.norm2(x)))).permute(0, 3, 1, 2)
+
+
+class SparseAttention(nn.Module):
+    """Attention among picked cells (B, ceil(H / rate), ceil(W / rate), C), handed on to all: (B, H, W, C)."""
+
+    def __init__(self, dim: int, heads: int, rate: int):
+        super().__init__()
+        if dim % heads:
+            raise InputError(f"attention: {heads} heads do not divide a width of {dim}")
+        self.heads = heads
+        self.rate = rate
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
+        if rate > 1:
+            self.local_prop = nn.ConvTranspose2d(dim, dim, rate, rate, groups=dim)
+            self.norm = nn.LayerNorm(dim, eps=1e-5)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        y = attend(*self.qkv(x).flatten(1, 2).chunk(3, dim=-1), self.heads).reshape(x.shape)
+        return self.proj(self.norm(self.propagate(y, height, width)) if self.rate > 1 else y)
+
+    def propagate(self, x: Tensor, height: int, width: int) -> Tensor:
+        """The transposed convolution: as its kernels do not overlap, a product per cell and place in the kernel."""
+        weight = self.local_prop.weight.permute(2, 1, 3, 0)  # (rate, 1, rate, C)
+        x = torch.addcmul(self.local_prop.bias, x[:, :, None, :, None], weight)  # (B, h, rate, w, rate, C)
+        x = x.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+        return crop_to(x, height, width).permute(0, 2, 3, 1)
