@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 # oneDNN's float32 kernels for x86; elsewhere, or without it, `F.linear` is as good.
 _ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+# PyTorch hands a single image of no more numbers than these to its own convolution, which is slower than either.
+_FEW = 20480
 
 
 class Linear(nn.Linear):
@@ -22,7 +24,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     sums, and on AMD Zen 5 oneDNN takes half the time, forward and backward. Rows are laid along the width
     of a channels-last map, so that nothing is copied.
     """
-    if not _ONEDNN or torch.compiler.is_compiling() or _not_plain_float32(x) or x.shape[0] == 0:
+    if not _ONEDNN or torch.compiler.is_compiling() or _not_plain_float32(x) or x.numel() <= _FEW:
         return F.linear(x, weight, bias)
     rows = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # (..., C) -> (1, C, 1, rows)
     # A kernel of one cell has nothing to dilate, but asking for it keeps PyTorch from its own, slower
