@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.errors import InputError
-from backbones.layers import Blocks, TableCache, residual
+from backbones.layers import Blocks, TableCache, conv2d, residual
 
 from .vit import STRIDES, VisionTransformer
 
@@ -102,7 +102,7 @@ class HybridEmbed(nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """The last map (B, C, h, w) as patches (B, h, w, dim)."""
-        return self.proj(x).permute(0, 2, 3, 1)
+        return conv2d(x, self.proj).permute(0, 2, 3, 1)
 
 
 class ResNet(nn.Module):
@@ -170,7 +170,7 @@ class StdConv(nn.Conv2d):
         kernel, stride = self.kernel_size[0], self.stride[0]
         if stride > 1 and kernel > 1:
             x = _pad_same(x, kernel, stride)
-        return F.conv2d(x, self._standardised.get((), self.weight, self.standardise), None, stride, self.padding)
+        return conv2d(x, self, self._standardised.get((), self.weight, self.standardise))
 
     def standardise(self) -> Tensor:
         weight = self.weight.permute(0, 2, 3, 1)  # contiguous, because the base class has it channels-last
