@@ -135,8 +135,8 @@ def draw(randomise):
         reference = randomise(plain(name))
         with torch.no_grad():
             for key, parameter in reference.named_parameters():
-                if key.startswith("blocks") and key.endswith(("conv2.weight", "fc2.weight", "attn.proj.weight")):
-                    parameter.mul_(0.25)
+                if key.startswith("blocks") and key.endswith(("pos_embed.weight", "conv2.weight", "fc2.weight")):
+                    parameter.mul_(0.2)
         return reference
 
     return drawn
