@@ -178,7 +178,7 @@ class CoAtNet(Backbone):
 
     def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
         blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
-        return {"stem": r"^stem", "blocks": [(blocks, None), (r"^(norm|pre_logits)\.", (99999,))]}
+        return {"stem": r"^stem", "blocks": [(blocks, None), (r"^(?:norm|pre_logits)\.", (99999,))]}
 
 
 class TransformerBlock(nn.Module):
