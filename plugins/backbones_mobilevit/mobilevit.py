@@ -7,7 +7,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from backbones.layers import Attention, ConvNorm, Linear, activate, residual
+from backbones.layers import Attention, ConvNorm, Linear, activate, conv2d, residual
 
 from .common import MobileTrunk, even, from_patches, resize, to_patches
 
@@ -67,8 +67,8 @@ class MobileViTBlock(nn.Module):
         self.fuse = ConvNorm(2 * dim, dim, act="silu")
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, _, height, width = x.shape
-        y = resize(self.embed(self.local(x)), even(height), even(width), align_corners=False)
+        height, width = x.shape[-2:]
+        y = resize(conv2d(self.local(x), self.embed), even(height), even(width), align_corners=False)
         # A pixel attends to those of the same place in the other patches; each of the four places is a sequence.
         patches = to_patches(y.permute(0, 2, 3, 1)).permute(0, 2, 4, 1, 3, 5)  # (B, 2, 2, rows, columns, C)
         tokens = self.norm(self.transformer(patches.flatten(3, 4).flatten(0, 2)))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, make_divisible
 from torch import Tensor, nn
 
-from backbones.layers import ConvNorm, activate, residual
+from backbones.layers import ConvNorm, activate, conv2d, linear, residual
 
 from .common import MobileTrunk, even, from_patches, resize, to_patches
 
@@ -57,7 +57,7 @@ class MobileViTv2Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         x = resize(x, even(height), even(width), align_corners=True)
-        x = self.norm(self.transformer(self.embed(self.local(x))))
+        x = self.norm(self.transformer(conv2d(self.local(x), self.embed)))
         # Interpolation and 1x1 convolution commute; the map is narrower before.
         return self.project(resize(x, height, width, align_corners=True))
 
@@ -94,13 +94,14 @@ class SeparableAttention(nn.Module):
         batch, dim, height, width = x.shape
         query, key, value = self.qkv_proj.weight.split((1, dim, dim))
         _, key_bias, value_bias = self.qkv_proj.bias.split((1, dim, dim))  # the query's shifts all scores alike
-        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
+        pixels = x.permute(0, 2, 3, 1)
+        tokens = pixels.flatten(1, 2)
         # (B, H W) -> (B, 4, H W): in each row, scores of one place over the patches, and zeros elsewhere
-        scores = (pixels @ query.flatten())[:, None] + _places(height, width, x)
-        context = F.linear(scores.softmax(-1) @ pixels, key.flatten(1), key_bias)  # (B, 4, C)
-        value = activate(F.conv2d(x, value, value_bias), "relu").permute(0, 2, 3, 1)
-        gated = _gate(to_patches(value), context.reshape(batch, 1, 2, 1, 2, dim))
-        return self.out_proj(from_patches(gated).permute(0, 3, 1, 2))
+        scores = (tokens @ query.flatten())[:, None] + _places(height, width, x)
+        context = F.linear(scores.softmax(-1) @ tokens, key.flatten(1), key_bias)  # (B, 4, C)
+        value = to_patches(activate(linear(pixels, value.flatten(1), value_bias), "relu"))
+        gated = from_patches(_gate(value, context.reshape(batch, 1, 2, 1, 2, dim)))
+        return conv2d(gated.permute(0, 3, 1, 2), self.out_proj)
 
 
 class Mlp(nn.Module):
@@ -112,7 +113,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Conv2d(hidden, dim, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(activate(self.fc1(x), "silu"))
+        return conv2d(activate(conv2d(x, self.fc1), "silu"), self.fc2)
 
 
 def _places(height: int, width: int, like: Tensor) -> Tensor:
