@@ -1,0 +1,358 @@
+"""MaxViT (Tu et al., https://arxiv.org/abs/2204.01697): MBConv, attention in windows, attention over a grid."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from backbones.backbone import Backbone
+from backbones.layers import (
+    Blocks,
+    ConvNorm,
+    Linear,
+    LogPositionBias,
+    MBConv,
+    PreLogits,
+    RelativePositionBias,
+    TableCache,
+    activate,
+    ceil_div,
+    crop_to,
+    init_linear,
+    layer_norm_2d,
+    pad_to_multiple,
+    residual,
+    window_partition,
+    window_unpartition,
+)
+from backbones.layers.padding import is_exporting
+from backbones.weights import KeyLayout
+
+TIMM = KeyLayout(
+    "timm",
+    (
+        (r"^stem\.(conv|norm)1\.", r"stem.0.\1."),
+        (r"^stem\.conv2\.", "stem.1."),
+        (r"^(stages\.\d+)\.blocks\.", r"\1."),
+        (r"\.shortcut\.expand\.", ".shortcut."),
+        (r"\.conv1_1x1\.", ".expand.conv."),
+        (r"\.conv2_kxk\.", ".depthwise.conv."),
+        (r"\.conv3_1x1\.", ".project."),
+        (r"\.conv\.norm1\.", ".conv.expand.norm."),
+        (r"\.conv\.norm2\.", ".conv.depthwise.norm."),
+        (r"\.attn_block\.", ".window."),
+        (r"\.attn_grid\.", ".grid."),
+        (r"\.rel_pos\.relative_position_bias_table$", ".rel_pos.table"),
+        (r"\.rel_pos\.mlp\.", ".rel_pos."),
+        (r"\.ls(\d)\.gamma$", r".ls\1"),
+        (r"^head\.norm\.", "pre_logits.norm."),
+        (r"^head\.pre_logits\.", "pre_logits."),
+        (r"^head\.fc\.", "head."),
+    ),
+)
+TORCHVISION = KeyLayout(
+    "torchvision",
+    (
+        (r"^stem\.0\.0\.", "stem.0.conv."),
+        (r"^stem\.0\.1\.", "stem.0.norm."),
+        (r"^stem\.1\.0\.", "stem.1."),
+        (r"^blocks\.(\d+)\.layers\.(\d+)\.layers\.", r"stages.\1.\2."),
+        (r"\.MBconv\.proj\.1\.", ".conv.shortcut."),
+        (r"\.MBconv\.layers\.", ".conv."),
+        (r"\.conv_a\.0\.", ".expand.conv."),
+        (r"\.conv_a\.1\.", ".expand.norm."),
+        (r"\.conv_b\.0\.", ".depthwise.conv."),
+        (r"\.conv_b\.1\.", ".depthwise.norm."),
+        (r"\.squeeze_excitation\.", ".se."),
+        (r"\.conv_c\.", ".project."),
+        (r"\.(window|grid)_attention\.", r".\1."),
+        (r"\.attn_layer\.0\.", ".norm1."),
+        (r"\.attn_layer\.1\.to_qkv\.", ".attn.qkv."),
+        (r"\.attn_layer\.1\.merge\.", ".attn.proj."),
+        (r"\.attn_layer\.1\.relative_position_bias_table$", ".attn.rel_pos.table"),
+        (r"\.mlp_layer\.0\.", ".norm2."),
+        (r"\.mlp_layer\.1\.", ".mlp.fc1."),
+        (r"\.mlp_layer\.3\.", ".mlp.fc2."),
+        (r"^classifier\.2\.", "pre_logits.norm."),
+        (r"^classifier\.3\.", "pre_logits.fc."),
+        (r"^classifier\.5\.", "head."),
+    ),
+)
+HEAD_DIM = 32
+# Numbers in the largest table of masked biases that is kept: 16 MB in float32.
+KEPT_BIAS = 2**22
+
+
+class MaxViT(Backbone):
+    """Four stages of MaxViT blocks at strides 4, 8, 16 and 32; time and memory are linear in the number of pixels.
+
+    Maps whose sides `partition` does not divide are padded, and what is padded is masked. The defaults are those of
+    the TensorFlow release.
+
+    Args:
+        dims: width of each stage.
+        depths: blocks per stage.
+        stem: widths of the stem's two convolutions.
+        stem_bias: whether each of them has a bias.
+        partition: side, in cells, of windows and grids. Weights trained at 224 have 7; at 256, 8; at 384, 12; at
+            512, 16. Tables of relative positions made for another are resized when they are loaded.
+        act: activation of stem and MBConv, as `activate` takes it.
+        mlp_act: activation of the MLPs.
+        expand_output: MBConv expands from its output's width; False from its input's.
+        se_ratio, pool: as in `backbones.layers.MBConv`.
+        project: first blocks of stages have a 1x1 in their shortcut where widths are equal too.
+        conv_bias: MBConv's last 1x1 and its shortcut have a bias.
+        conv_eps, eps: of BatchNorms and of LayerNorms.
+        same: pad as TensorFlow does.
+        heads_first: queries, keys and values lie side by side per head, not heads per queries, keys and values.
+        scale_by_dim: divide attention logits by the root of the width, not of a head's.
+        position_hidden: width of the MLP that computes position biases (`rmlp`); None for tables.
+        init_values: initial layer scale of attention and MLP; None for none.
+        hidden_head: the classifier is pooling, norm, linear, tanh, linear; False for norm, pooling, linear.
+        head_bias: whether the classifier's last layer has a bias.
+        **options: those of `backbones.Backbone`.
+    """
+
+    key_layouts = (TIMM, TORCHVISION)
+
+    def __init__(
+        self,
+        dims: Sequence[int] = (64, 128, 256, 512),
+        depths: Sequence[int] = (2, 2, 5, 2),
+        stem: Sequence[int] = (64, 64),
+        stem_bias: Sequence[bool] = (True, True),
+        partition: int = 7,
+        act: str = "gelu_tanh",
+        mlp_act: str = "gelu_tanh",
+        expand_output: bool = True,
+        se_ratio: float = 0.25,
+        pool: str = "avg",
+        project: bool = False,
+        conv_bias: bool = True,
+        conv_eps: float = 1e-3,
+        eps: float = 1e-5,
+        same: bool = True,
+        heads_first: bool = False,
+        scale_by_dim: bool = False,
+        position_hidden: int | None = None,
+        init_values: float | None = None,
+        hidden_head: bool = True,
+        head_bias: bool = True,
+        **options: Any,
+    ):
+        super().__init__(channels=dims, strides=(4, 8, 16, 32), **options)
+        self.hidden_head = hidden_head
+        self.head_bias = head_bias
+        self.norm_eps = eps
+        conv = partial(
+            MBConv,
+            expand_output=expand_output,
+            se_ratio=se_ratio,
+            act=act,
+            pool=pool,
+            project=project,
+            bias=conv_bias,
+            eps=conv_eps,
+            same=same,
+        )
+        attention = partial(
+            PartitionAttention,
+            size=partition,
+            act=mlp_act,
+            eps=eps,
+            heads_first=heads_first,
+            scale_by_dim=scale_by_dim,
+            position_hidden=position_hidden,
+            init_values=init_values,
+        )
+        drop_path = self.drop_path_rates(depths)
+        self.stem = nn.Sequential(
+            ConvNorm(self.in_chans, stem[0], 3, 2, act=act, bias=stem_bias[0], eps=conv_eps, same=same),
+            nn.Conv2d(stem[0], stem[1], 3, padding=1, bias=stem_bias[1]),
+        )
+        self.stages = nn.ModuleList(
+            self.wanted(
+                Blocks(
+                    *(
+                        Block(
+                            conv(dims[i] if j else (stem[1], *dims)[i], dims[i], stride=1 if j else 2, drop_path=rate),
+                            window=attention(dims[i], grid=False, drop_path=rate),
+                            grid=attention(dims[i], grid=True, drop_path=rate),
+                        )
+                        for j, rate in enumerate(drop_path[i])
+                    )
+                )
+                for i in range(4)
+            )
+        )
+        if hidden_head and not self.features_only:
+            self.pre_logits = PreLogits(dims[-1], eps)
+        self.apply(_init_weights)
+
+    def make_norm(self) -> nn.Module:
+        return nn.Identity() if self.hidden_head else layer_norm_2d(self.num_features, self.norm_eps)
+
+    def _make_head(self) -> None:
+        super()._make_head()
+        if not self.head_bias and self.num_classes:
+            self.head.register_parameter("bias", None)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        x = features.mean((2, 3))
+        if self.hidden_head:
+            x = self.pre_logits(x)
+        x = F.dropout(x, self.drop_rate, self.training)
+        return x if pre_logits else self.head(x)
+
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if ".rel_pos." in name}
+
+    def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
+        blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
+        return {"stem": r"^stem", "blocks": [(blocks, None), (r"^(?:norm|pre_logits)\.", (99999,))]}
+
+
+class Block(nn.Module):
+    """MBConv, which may stride, then attention in windows and over a grid: (B, C_in, H, W) -> (B, C, h, w)."""
+
+    def __init__(self, conv: nn.Module, window: nn.Module, grid: nn.Module):
+        super().__init__()
+        self.conv = conv
+        self.window = window
+        self.grid = grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.grid(self.window(self.conv(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+
+
+class PartitionAttention(nn.Module):
+    """Attention within the parts of a map and MLP, with residuals, on maps (B, H, W, C).
+
+    A part has `size` x `size` cells: neighbours in a window or, with `grid`, as far apart as the map allows.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        size: int,
+        grid: bool,
+        act: str,
+        eps: float,
+        heads_first: bool,
+        scale_by_dim: bool,
+        position_hidden: int | None,
+        init_values: float | None,
+        drop_path: float,
+    ):
+        super().__init__()
+        self.size = size
+        self.grid = grid
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, size, heads_first, scale_by_dim, position_hidden)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, 4 * dim, act)
+        self.drop_path = DropPath(drop_path)
+        for name in ("ls1", "ls2"):
+            scale = None if init_values is None else nn.Parameter(torch.full((dim,), init_values))
+            self.register_parameter(name, scale)
+        self._masked = TableCache(entries=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = residual(x, self.drop_path(self.attend(self.norm1(x))), self.ls1)
+        return residual(x, self.drop_path(self.mlp(self.norm2(x))), self.ls2)
+
+    def attend(self, x: Tensor) -> Tensor:
+        batch, height, width, _ = x.shape
+        cut, join = (grid_partition, grid_unpartition) if self.grid else (window_partition, window_unpartition)
+        x = self.attn(cut(x, self.size), self.bias(batch, height, width))
+        return join(x, self.size, batch, height, width)
+
+    def bias(self, batch: int, height: int, width: int) -> Tensor:
+        """What is added to logits: (1, heads, N, N) or, with cells to mask, (B * parts, heads, N, N)."""
+        bias = self.attn.rel_pos(self.size, self.size)
+        if not is_exporting() and height % self.size == 0 and width % self.size == 0:
+            return bias
+        if is_exporting() or bias.numel() * ceil_div(height, self.size) * ceil_div(width, self.size) > KEPT_BIAS:
+            masked = bias + self.mask(height, width, bias)
+        else:
+            masked = self._masked.get(
+                (height, width), list(self.attn.rel_pos.parameters()), lambda: bias + self.mask(height, width, bias)
+            )
+        return masked.repeat(batch, 1, 1, 1)
+
+    def mask(self, height: int, width: int, like: Tensor) -> Tensor:
+        """(parts, 1, 1, N): minus infinity for keys outside the map, of which no part is made up alone."""
+        inside = like.new_ones(1, height, width, 1)
+        inside = (grid_partition if self.grid else window_partition)(inside, self.size)
+        return torch.zeros_like(inside).masked_fill(inside == 0, float("-inf")).permute(0, 2, 1)[:, None]
+
+
+class Attention(nn.Module):
+    """Attention within parts (B * parts, N, C), with a bias for relative positions."""
+
+    def __init__(self, dim: int, size: int, heads_first: bool, scale_by_dim: bool, position_hidden: int | None):
+        super().__init__()
+        self.heads = dim // HEAD_DIM
+        self.heads_first = heads_first
+        self.scale = (dim if scale_by_dim else HEAD_DIM) ** -0.5
+        self.qkv = Linear(dim, 3 * dim)
+        self.rel_pos = (
+            LogPositionBias(self.heads, position_hidden) if position_hidden else RelativePositionBias(size, self.heads)
+        )
+        self.proj = Linear(dim, dim)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        split = (self.heads, 3, HEAD_DIM) if self.heads_first else (3, self.heads, HEAD_DIM)
+        qkv = self.qkv(x).unflatten(-1, split)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(3 if self.heads_first else 2))  # (..., heads, N, 32)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=self.scale)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Linear, activation, linear over the last dimension."""
+
+    def __init__(self, dim: int, hidden: int, act: str):
+        super().__init__()
+        self.act = act
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(activate(self.fc1(x), self.act))
+
+
+def grid_partition(x: Tensor, size: int) -> Tensor:
+    """Cuts (B, H, W, C) into grids (B * parts, size * size, C), zero-padded at the right and bottom.
+
+    A grid takes every h-th row and w-th column, where h and w are the sides of the padded map over `size`.
+    """
+    batch, height, width, chans = x.shape
+    x = pad_to_multiple(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
+    x = x.reshape(batch, size, ceil_div(height, size), size, ceil_div(width, size), chans)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(-1, size * size, chans)
+
+
+def grid_unpartition(grids: Tensor, size: int, batch: int, height: int, width: int) -> Tensor:
+    """Puts grids (B * parts, size * size, C) back into a map (B, height, width, C)."""
+    rows, columns = ceil_div(height, size), ceil_div(width, size)
+    x = grids.reshape(batch, rows, columns, size, size, -1).permute(0, 3, 1, 4, 2, 5)
+    x = x.reshape(batch, size * rows, size * columns, -1)
+    return crop_to(x.permute(0, 3, 1, 2), height, width).permute(0, 2, 3, 1)
+
+
+def _init_weights(module: nn.Module) -> None:
+    """As timm's: convolutions like EfficientNet's, attention and MLP like ViT's."""
+    if isinstance(module, nn.Conv2d):
+        fan_out = module.weight[:, 0].numel() // module.groups
+        nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    if isinstance(module, PartitionAttention):
+        for layer in (module.attn.qkv, module.attn.proj, module.mlp.fc1, module.mlp.fc2):
+            init_linear(layer)
+            nn.init.xavier_uniform_(layer.weight)
