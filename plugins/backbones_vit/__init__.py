@@ -15,7 +15,6 @@ _SIZES = {
     "large": (1024, 24, 16),
     "huge": (1280, 32, 16),
 }
-_OPTIONS = ("img_size", "pyramid", "taps", "window_size", "global_blocks", "reg_tokens", "global_pool")
 _LICENSES = {"mae": "CC-BY-NC-4.0"}
 _INCEPTION = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}  # JAX releases scale to [-1, 1]
 
@@ -143,7 +142,7 @@ def _plain(name: str, family: str, row: tuple, paper: str, defaults: dict) -> Ba
         entry="backbones_vit.vit:VisionTransformer",
         channels=tuple(_SIZES[size][0] >> n for n in doublings),
         defaults={**_size(size), "patch_size": patch_size, **defaults},
-        options=("conv_stem", *_OPTIONS),
+        options=("img_size", "conv_stem", "pyramid", "taps", "window_size", "global_blocks", "global_pool"),
         summary="plain transformer over patches; ViTDet's simple pyramid makes its maps",
         paper=paper,
     )
@@ -159,7 +158,7 @@ def _hybrid(name: str, row: tuple, paper: str) -> BackboneSpec:
         entry="backbones_vit.hybrid:HybridVisionTransformer",
         channels=(256, 512, 1024 if len(cnn_depths) == 4 else dim, dim),
         defaults={**_size(size), "cnn_depths": cnn_depths},
-        options=_OPTIONS,
+        options=("pyramid", "global_pool"),
         summary="transformer over the last map of a ResNet, whose stages are the pyramid's fine maps",
         paper=paper,
     )

@@ -49,7 +49,8 @@ class HybridVisionTransformer(VisionTransformer):
         self.cnn_depths = tuple(cnn_depths)  # before anything is built, because `make_patch_embed` reads it
         patch_size = STRIDES[len(cnn_depths) - 1]
         super().__init__(dim, depth, heads, patch_size, conv_stem=None, pyramid=pyramid, **options)
-        self.size_divisor = 1  # every convolution takes any size
+        if pyramid in ("stages", "plain") or not self.features_only:
+            self.size_divisor = 1  # the ResNet pads for itself; only up-sampling a map needs all of its last cells
 
     def forward_features(self, images: Tensor) -> dict[int, Tensor] | Tensor:
         """Maps by index; of a classifier, the normed tokens (B, prefix tokens + patches, dim)."""
