@@ -8,6 +8,7 @@ import torch
 
 import backbones
 from backbones import registry
+from backbones.cli import main
 from backbones.discovery import Plugin
 
 ROOT = Path(__file__).parents[1]
@@ -56,3 +57,9 @@ def test_ci_finds_the_readmes_install_and_test_commands():
     section = README.split("## Run the tests")[1].split("\n## ")[0]
     commands = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1].splitlines()
     assert [command.split()[0] for command in commands] == ["pip", "pytest"]
+
+
+def test_table_of_families_is_what_the_command_prints(capsys):
+    (table,) = re.findall(r"<!-- backbones list --markdown -->\n(.*?)<!-- end -->", README, re.DOTALL)
+    assert main(["list", "--markdown", "--plugin", "dense-backbones"]) == 0
+    assert table == capsys.readouterr().out, "run `backbones list --markdown` and put its output into the README"
