@@ -28,7 +28,16 @@ from .backbone import Backbone
 from .errors import InputError, PluginError
 from .registry import backbone_info, build_backbone, list_backbones, plugins
 
-__all__ = ["CHECKS", "CheckFailed", "CheckResult", "check_backbone", "check_plugin", "parametrize_backbones"]
+__all__ = [
+    "CHECKS",
+    "SLOW_CHECKS",
+    "CheckFailed",
+    "CheckResult",
+    "check_backbone",
+    "check_plugin",
+    "parametrize_backbones",
+    "smallest_of_each_family",
+]
 
 Build = Callable[..., Backbone]
 Check = Callable[[Build], None]
@@ -151,13 +160,18 @@ def check_plugin(
     for plugin in owned:
         add(_run(plugin.namespace, "plugin_loads", partial(_check_plugin_loads, plugin), None))
         add(_run(plugin.namespace, "top_module_imports_no_torch", partial(_check_no_torch, plugin), None))
-        infos = [backbone_info(name) for name in list_backbones(plugin=plugin.namespace)]
-        for info in infos:
-            name = info.canonical_name
-            add(_run(name, "spec_matches_model", partial(_check_spec, info), None))
-        for info in _smallest_of_each_family(infos):
-            check_backbone(info.canonical_name, slow=slow, report=add)
+        names = list_backbones(plugin=plugin.namespace)
+        for info in map(backbone_info, names):
+            add(_run(info.canonical_name, "spec_matches_model", partial(_check_spec, info), None))
+        for name in smallest_of_each_family(names):
+            check_backbone(backbone_info(name).canonical_name, slow=slow, report=add)
     return results
+
+
+def smallest_of_each_family(names: Iterable[str]) -> list[str]:
+    """One backbone per family, the one with the fewest parameters: what there is to check in little time."""
+    infos = sorted(map(backbone_info, names), key=lambda info: -(info.params or math.inf))
+    return sorted({info.family: info.name for info in infos}.values())
 
 
 # --- checks -------------------------------------------------------------------------------------------------
@@ -652,11 +666,6 @@ def _check_spec(info: Any) -> None:
         f"the spec says {info.params} M parameters, and the classifier has {count:,}",
         "correct params",
     )
-
-
-def _smallest_of_each_family(infos: Iterable[Any]) -> list[Any]:
-    by_size = sorted(infos, key=lambda info: -(info.params or math.inf))
-    return list({info.family: info for info in by_size}.values())
 
 
 def _train_on_one_of_two(rank: int, address: str, pickled: bytes, queue: Any) -> None:

@@ -11,16 +11,12 @@ from hypothesis import strategies as st
 
 from backbones import backbone_info, build_backbone, list_backbones
 from backbones.cli import bench
+from backbones.testing import smallest_of_each_family
 
 NAMES = list_backbones()
 
 
-def smallest_of_each_family():
-    infos = sorted(map(backbone_info, NAMES), key=lambda info: -info.params)
-    return sorted({info.family: info.name for info in infos}.values())
-
-
-FAMILIES = smallest_of_each_family()
+FAMILIES = smallest_of_each_family(NAMES)
 VARIANTS = [pytest.param(name, marks=() if name in FAMILIES else pytest.mark.slow) for name in NAMES]
 
 
