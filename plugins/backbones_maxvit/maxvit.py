@@ -332,17 +332,32 @@ def grid_partition(x: Tensor, size: int) -> Tensor:
     A grid takes every h-th row and w-th column, where h and w are the sides of the padded map over `size`.
     """
     batch, height, width, chans = x.shape
+    rows, columns = ceil_div(height, size), ceil_div(width, size)
     x = pad_to_multiple(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
-    x = x.reshape(batch, size, ceil_div(height, size), size, ceil_div(width, size), chans)
+    if is_exporting():  # a reshape would ask whether symbolic sides can be split, which it cannot prove
+        return window_partition(_interleave(x, rows, columns, size, size), size)
+    x = x.reshape(batch, size, rows, size, columns, chans)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(-1, size * size, chans)
 
 
 def grid_unpartition(grids: Tensor, size: int, batch: int, height: int, width: int) -> Tensor:
     """Puts grids (B * parts, size * size, C) back into a map (B, height, width, C)."""
     rows, columns = ceil_div(height, size), ceil_div(width, size)
-    x = grids.reshape(batch, rows, columns, size, size, -1).permute(0, 3, 1, 4, 2, 5)
-    x = x.reshape(batch, size * rows, size * columns, -1)
+    if is_exporting():
+        x = window_unpartition(grids, size, batch, rows * size, columns * size)
+        x = _interleave(x, size, size, rows, columns)
+    else:
+        x = grids.reshape(batch, rows, columns, size, size, -1).permute(0, 3, 1, 4, 2, 5)
+        x = x.reshape(batch, size * rows, size * columns, -1)
     return crop_to(x.permute(0, 3, 1, 2), height, width).permute(0, 2, 3, 1)
+
+
+def _interleave(x: Tensor, row_step: int, column_step: int, rows: int, columns: int) -> Tensor:
+    """(B, H, W, C) with the rows that are `row_step` apart side by side, `rows` in each group; columns alike."""
+    for dim, step, count in ((1, row_step, rows), (2, column_step, columns)):
+        index = torch.arange(step, device=x.device)[:, None] + step * torch.arange(count, device=x.device)
+        x = x.index_select(dim, index.flatten())
+    return x
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -172,7 +172,7 @@ def test_images_in_a_batch_do_not_see_each_other(name):
     images = torch.randn(2, 3, 65, 80)
     with torch.no_grad():
         for both, alone in zip(model(images), model(images[1:]), strict=True):
-            torch.testing.assert_close(both[1:], alone, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(both[1:], alone, atol=1e-6 * alone.abs().max().clamp(min=10).item(), rtol=1e-4)
 
 
 @everywhere
@@ -180,8 +180,9 @@ def test_gradients_reach_every_parameter(name):
     model = build(name)
     sum(m.square().mean() for m in model(torch.randn(2, 3, 70, 90))).backward()
     missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    # A key's bias shifts all logits of a query alike, which the softmax takes back: zero but for rounding.
-    assert not missing
+    # A key's bias shifts all logits of a query alike, which the softmax takes back: zero but for rounding. So does
+    # the last bias of an MLP that computes position biases, which for a single head may be zero to the last digit.
+    assert not [n for n in missing if not n.endswith("rel_pos.fc2.bias")]
 
 
 @everywhere
