@@ -58,6 +58,7 @@ def register_backbones() -> list[BackboneSpec]:
             weights=(*(_weights(variant, tag) for tag in _TAGS[variant].split()), *_torchvision(variant)),
             params=params,
             gmacs=gmacs,
+            options=("output_stride", "layer_scale"),
             summary="convolutional pyramid: depth-wise 7 x 7 convolutions and channel MLPs",
             paper="https://arxiv.org/abs/2201.03545",
             license="Apache-2.0",
