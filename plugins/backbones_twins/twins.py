@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
@@ -14,13 +15,13 @@ from backbones.layers import (
     Blocks,
     Linear,
     Mlp,
+    TableCache,
     attend,
+    ceil_div,
     init_linear,
     layer_norm_2d,
     pad_to_multiple,
     residual,
-    window_partition,
-    window_unpartition,
 )
 from backbones.weights import KeyLayout
 
@@ -171,17 +172,43 @@ class PositionEncoding(nn.Module):
 
 
 class WindowAttention(Attention):
-    """Attention within windows of a map (B, H, W, C); padding at its right and bottom takes part, as a row of zeros."""
+    """Attention within windows of a map (B, H, W, C); padding at its right and bottom takes part, as cells of zeros.
+
+    Cells are projected where they are and gathered into windows afterwards, so that padding costs one cell.
+    """
 
     def __init__(self, dim: int, heads: int, window_size: int):
         super().__init__(dim, heads)
         self.window_size = window_size
+        self._cuts = TableCache(entries=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, height, width, _ = x.shape
-        windows = window_partition(x, self.window_size)
-        windows = attend(*self.qkv(windows).chunk(3, dim=-1), self.heads)
-        return self.proj(window_unpartition(windows, self.window_size, batch, height, width))
+        gather, scatter = self.cut(*x.shape[:3], x.device)
+        cells = F.pad(x.flatten(0, 2), (0, 0, 0, 1))  # the last cell is that of zeros
+        windows = self.qkv(cells).index_select(0, gather).unflatten(0, (-1, self.window_size**2))
+        attended = attend(*windows.chunk(3, dim=-1), self.heads).flatten(0, 1)
+        return self.proj(attended.index_select(0, scatter)).reshape(x.shape)
+
+    @torch.no_grad()  # no parameter is involved, so that training may keep the cuts too
+    def cut(self, *place: Any) -> tuple[Tensor, Tensor]:
+        return self._cuts.get(place, (), lambda: _cut(*place, self.window_size))
+
+
+def _cut(batch: int, height: int, width: int, device: torch.device, size: int) -> tuple[Tensor, Tensor]:
+    """For each place in the windows of padded maps, its cell, or one past the last; for each cell, its place."""
+    rows, columns = ceil_div(height, size), ceil_div(width, size)
+    # Flat, because a broadcast would fix symbolic sizes that happen to be 1.
+    place = torch.arange(batch * rows * columns * size * size, device=device)
+    window = place // (size * size)
+    y = window // columns % rows * size + place // size % size
+    x = window % columns * size + place % size
+    cell = (window // (rows * columns) * height + y) * width + x
+    gather = torch.where((y < height) & (x < width), cell, batch * height * width)
+
+    cell = torch.arange(batch * height * width, device=device)
+    y, x = cell // width % height, cell % width
+    window = (cell // (height * width) * rows + y // size) * columns + x // size
+    return gather, (window * size + y % size) * size + x % size
 
 
 class GlobalAttention(nn.Module):
