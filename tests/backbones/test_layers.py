@@ -15,13 +15,18 @@ from backbones.layers import (
     ConvNorm,
     DistanceBias,
     Linear,
+    LogPositionBias,
+    MBConv,
+    PreLogits,
     RelativePositionBias,
+    SqueezeExcite,
     TableCache,
     activate,
     attend,
     conv2d,
     fold_norm,
     gelu,
+    halve,
     pad_same,
     pad_to_multiple,
     residual,
@@ -30,7 +35,9 @@ from backbones.layers import (
 )
 
 
-@pytest.mark.parametrize("shape", [(2, 17, 24), (3, 24), (24,), (2, 5, 7, 24), (0, 4, 24), (2, 500, 24), (1, 30, 30, 24)])
+@pytest.mark.parametrize(
+    "shape", [(2, 17, 24), (3, 24), (24,), (2, 5, 7, 24), (0, 4, 24), (2, 500, 24), (1, 30, 30, 24)]
+)
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_equals_torch_forward_and_backward(shape, bias):
     ours, theirs = Linear(24, 40, bias=bias), nn.Linear(24, 40, bias=bias)
@@ -277,6 +284,92 @@ class TestDistanceBias:
             bias.fit(torch.randn(2, 35))
 
 
+class TestLogPositionBias:
+    def test_a_bias_is_the_mlp_of_the_logarithm_of_query_minus_key(self):
+        bias = LogPositionBias(heads=3, hidden=16).eval()
+        offset = torch.tensor([2.0, -3.0])  # from cell (0, 4) to cell (2, 1) of a grid of 3 x 5
+        expected = bias.fc2(F.relu(bias.fc1(offset.sign() * (1 + offset.abs()).log())))
+        torch.testing.assert_close(bias(3, 5)[0, :, 2 * 5 + 1, 4], expected)
+
+    def test_biases_by_offset_do_not_depend_on_the_grid(self):
+        bias = LogPositionBias(heads=2, hidden=8).eval()
+        torch.testing.assert_close(bias.by_offset(5, 6)[:, 2:-2, 3:-3], bias.by_offset(3, 3))
+
+    def test_it_is_kept_in_eval_alone(self):
+        bias = LogPositionBias(heads=2, hidden=8)
+        with torch.no_grad():
+            assert not torch.equal(bias(3, 3), bias(3, 3))  # dropout
+            bias.eval()
+            kept = bias(3, 3)
+            assert bias(3, 3) is kept
+            bias.fc2.weight.add_(1)
+            assert not torch.equal(bias(3, 3), kept)
+
+
+class TestMBConv:
+    OPTIONS = (
+        {},
+        {"stride": 2},
+        {"stride": 2, "stride_mode": "pool", "pool": "max"},
+        {"stride": 2, "pre_act": True, "se_early": True, "bias": False},
+        {"stride": 2, "same": True, "pool": "avg3", "act": "gelu_tanh"},
+        {"expand_output": False, "se_ratio": 1 / 16, "act": "silu", "se_act": "relu", "pre_act": True},
+        {"stride": 2, "stride_mode": "pool", "pre_act": True, "se_early": True, "act": "silu"},
+    )
+
+    @pytest.mark.parametrize("options", OPTIONS)
+    @pytest.mark.parametrize("size", [(8, 8), (7, 9), (1, 1)])
+    def test_folding_norms_changes_nothing(self, options, size, randomise):
+        block = randomise(MBConv(16, 24, **options))
+        x = torch.randn(2, 16, *size).contiguous(memory_format=torch.channels_last)
+        before, expected = x.clone(), block(x)
+        stride = options.get("stride", 1)
+        assert expected.shape == (2, 24, *(-(-side // stride) for side in size))
+        with torch.no_grad():
+            torch.testing.assert_close(block(x), expected, atol=1e-5, rtol=1e-5)
+            assert torch.equal(x, before)
+            block.pre_norm.weight.mul_(2)
+            changed = block(x)
+        torch.testing.assert_close(changed, block(x), atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(changed, expected, atol=1e-3)
+
+    def test_a_shortcut_of_equal_width_is_projected_only_if_asked_for(self):
+        assert MBConv(16, 16, stride=2).shortcut is None
+        assert MBConv(16, 16, project=True).shortcut is None
+        assert MBConv(16, 16, stride=2, project=True).shortcut.weight.shape == (16, 16, 1, 1)
+
+    def test_widths_follow_the_output_or_the_input(self):
+        for expand_output, hidden, squeezed in ((True, 96, 6), (False, 64, 16)):
+            block = MBConv(16, 24, expand_output=expand_output)
+            assert block.depthwise.conv.out_channels == hidden
+            assert block.se.fc1.out_channels == squeezed
+
+    def test_squeeze_excitation_overwrites_only_what_autograd_does_not_need(self):
+        layer, x = SqueezeExcite(8, 2), torch.randn(2, 8, 5, 5)
+        gate = layer.fc2(F.silu(layer.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
+        before = x.clone()
+        torch.testing.assert_close(layer(x), before * gate)
+        assert torch.equal(x, before)
+        with torch.no_grad():
+            assert layer(x) is x
+        torch.testing.assert_close(x, before * gate)
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"), [("avg", [3, 4.5, 7.5, 9]), ("max", [5, 6, 8, 9]), ("avg3", [12 / 9, 16 / 9, 24 / 9, 28 / 9])]
+)
+def test_halving_rounds_up_and_counts_what_it_says(how, expected):
+    x = torch.arange(1, 10.0).reshape(1, 1, 3, 3)  # nine cells: windows of 3 x 3 see four, and five outside
+    assert halve(x, how).flatten().tolist() == pytest.approx(expected)
+
+
+def test_pre_logits_are_norm_linear_and_tanh():
+    layer, x = PreLogits(8), torch.randn(2, 8)
+    torch.testing.assert_close(
+        layer(x), F.linear(F.layer_norm(x, (8,), eps=1e-6), layer.fc.weight, layer.fc.bias).tanh()
+    )
+
+
 class TestTableCache:
     def test_computes_once_per_size_until_the_source_changes(self):
         cache, source, calls = TableCache(), nn.Parameter(torch.ones(3)), []
@@ -313,6 +406,23 @@ class TestTableCache:
             cache.get(1, source, lambda: source * 2)
         with torch.no_grad():
             assert not cache.get(1, source, lambda: source * 2).is_inference()
+
+    def test_another_tensor_at_the_same_place_is_another_source(self):
+        cache, memory = TableCache(), torch.ones(3)
+        with torch.no_grad():
+            source = nn.Parameter(memory)
+            cache.get(1, source, lambda: source * 2)
+            del source
+            memory.fill_(5)
+            other = nn.Parameter(memory.detach())
+            other_version = cache.get(1, other, lambda: other * 2)
+        assert torch.equal(other_version, torch.full((3,), 10.0))
+
+    def test_a_huge_table_is_not_kept(self):
+        cache, source = TableCache(largest=5), torch.ones(3)
+        with torch.no_grad():
+            first = cache.get(1, source, lambda: source.repeat(2))
+            assert cache.get(1, source, lambda: source.repeat(2)) is not first
 
     def test_keeps_few_entries_and_copies_none(self):
         cache, source = TableCache(entries=2), torch.ones(3)
