@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .blocks import residual
 from .cache import TableCache
-from .conv import ConvNorm, activate
+from .conv import ConvNorm, activate, conv2d
 from .padding import is_exporting
 
 
@@ -93,7 +93,7 @@ class MBConv(nn.Module):
         self.se_early = se_early
 
         has_projection = in_chans != out_chans or (project and stride == 2)
-        self.shortcut = nn.Conv2d(in_chans, out_chans, 1, bias=bias) if has_projection else nn.Identity()
+        self.shortcut = nn.Conv2d(in_chans, out_chans, 1, bias=bias) if has_projection else None
         self.pre_norm = nn.BatchNorm2d(in_chans, eps=eps)
         self.expand = ConvNorm(in_chans, hidden, 1, act=act, eps=eps)
         dw_stride = 1 if self.pool_first else stride
@@ -104,10 +104,12 @@ class MBConv(nn.Module):
         self._expansion = TableCache(entries=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = self.shortcut(halve(x, self.pool) if self.stride == 2 else x)
+        shortcut = halve(x, self.pool) if self.stride == 2 else x
+        if self.shortcut is not None:
+            shortcut = conv2d(shortcut, self.shortcut)
         x = self._expand(x)
         x = self._excite_and_norm(self.depthwise.conv(x)) if self.se_early else self.se(self.depthwise(x))
-        return residual(shortcut, self.drop_path(self.project(x)))
+        return residual(shortcut, self.drop_path(conv2d(x, self.project)))
 
     def _expand(self, x: Tensor) -> Tensor:
         """Norm and expansion: (B, in_chans, H, W) -> (B, hidden, h, w)."""
@@ -118,7 +120,7 @@ class MBConv(nn.Module):
         sources += self.expand.buffers()
         weight, bias = self._expansion.get((), sources, self._fold_expansion)
         x = halve(x, "avg") if self.pool_first else x  # averaging and scaling channels may change places
-        return activate(F.conv2d(x, weight, bias), self.expand.act)
+        return activate(conv2d(x, self.expand.conv, weight, bias), self.expand.act)
 
     def _fold_expansion(self) -> tuple[Tensor, Tensor]:
         weight, bias = self.expand.fold()

@@ -19,6 +19,7 @@ from backbones.layers import (
     PreLogits,
     RelativePositionBias,
     ceil_div,
+    conv2d,
     gelu,
     halve,
     layer_norm_2d,
@@ -200,7 +201,7 @@ class TransformerBlock(nn.Module):
     ):
         super().__init__()
         self.pool = pool if stride == 2 else None
-        self.shortcut = nn.Conv2d(in_chans, dim, 1, bias=shortcut_bias) if in_chans != dim else nn.Identity()
+        self.shortcut = nn.Conv2d(in_chans, dim, 1, bias=shortcut_bias) if in_chans != dim else None
         self.norm1 = norm(in_chans)
         self.attn = Attention(in_chans, dim if expand_output else in_chans, dim, grid, position_hidden)
         self.norm2 = norm(dim)
@@ -213,7 +214,9 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(x)
         if self.pool:
-            x, y = self.shortcut(halve(x, self.pool)), halve(y, self.pool)
+            x, y = halve(x, self.pool), halve(y, self.pool)
+        if self.shortcut is not None:
+            x = conv2d(x, self.shortcut)
         x = residual(x, self.drop_path(self.attn(y)), _per_channel(self.ls1))
         return residual(x, self.drop_path(self.mlp(self.norm2(x))), _per_channel(self.ls2))
 
@@ -232,7 +235,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
-        qkv = self.qkv(x).permute(0, 2, 3, 1).reshape(batch, height * width, self.heads, 3, HEAD_DIM)
+        qkv = conv2d(x, self.qkv).permute(0, 2, 3, 1).reshape(batch, height * width, self.heads, 3, HEAD_DIM)
         q, k, v = qkv.permute(3, 0, 2, 1, 4)  # (B, heads, N, 32) each
         banded = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
         if banded and self.heads * (height * width) ** 2 > WHOLE_BIAS:
@@ -240,7 +243,7 @@ class Attention(nn.Module):
         else:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.rel_pos(height, width).to(q.dtype))
         x = x.transpose(1, 2).reshape(batch, height, width, -1)
-        return self.proj(x.permute(0, 3, 1, 2))
+        return conv2d(x.permute(0, 3, 1, 2), self.proj)
 
     def _attend_by_bands(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int) -> Tensor:
         """The same, for a few rows of queries at a time, so that the bias of all cells to all is never held.
@@ -268,7 +271,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Conv2d(hidden, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(gelu(self.fc1(x)))
+        return conv2d(gelu(conv2d(x, self.fc1)), self.fc2)
 
 
 NORMS = {"layer": layer_norm_2d, "batch": partial(nn.BatchNorm2d, eps=1e-6)}
