@@ -480,13 +480,13 @@ def check_devices(build: Build) -> None:
 def check_autocast(build: Build) -> None:
     """Under autocast to bfloat16, maps stay close to those in float32."""
     model = build().eval()
-    images = _images(model, 64, 64)
+    images = _images(model, 128, 128)
     with torch.no_grad():
         maps = model(images)
         with torch.autocast("cpu", torch.bfloat16):
             mixed = model(images)
     for a, b in zip(maps, mixed, strict=True):
-        _require_near(b.float(), a, 0.05, "under autocast the maps are far from those in float32")
+        _require_near(b.float(), a, 0.1, "under autocast the maps are far from those in float32")
 
 
 def check_copies(build: Build) -> None:
