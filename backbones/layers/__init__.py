@@ -3,7 +3,7 @@
 from .attention import Attention, attend
 from .blocks import Blocks, residual, run_blocks
 from .cache import TableCache
-from .conv import ConvNorm, activate, conv2d, fold_norm, pad_same
+from .conv import ConvNorm, activate, conv2d, fold_norm, fold_norm_before, norm_affine, pad_same
 from .head import PreLogits
 from .linear import Linear, Mlp, gelu, init_linear, linear
 from .mbconv import MBConv, SqueezeExcite, halve
@@ -31,11 +31,13 @@ __all__ = [
     "conv2d",
     "crop_to",
     "fold_norm",
+    "fold_norm_before",
     "gelu",
     "halve",
     "init_linear",
     "layer_norm_2d",
     "linear",
+    "norm_affine",
     "pad_same",
     "pad_to_multiple",
     "residual",

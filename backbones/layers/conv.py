@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-from timm.layers import get_same_padding
 from torch import Tensor, nn
 
 from .cache import TableCache
@@ -86,13 +85,28 @@ def conv2d(x: Tensor, conv: nn.Conv2d, weight: Tensor | None = None, bias: Tenso
 
 def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Weight and bias of the one convolution that equals `conv` and then, in eval mode, `norm`."""
-    scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
-    mean = norm.running_mean.double() - (0 if conv.bias is None else conv.bias.double())
-    bias = norm.bias.double() - mean * scale
+    scale, shift = norm_affine(norm)
+    bias = shift if conv.bias is None else shift + conv.bias * scale
     return (conv.weight * scale[:, None, None, None]).to(conv.weight), bias.to(conv.weight)
 
 
-def pad_same(x: Tensor, kernel: int, stride: int, value: float = 0.0) -> Tensor:
-    """Pads (B, C, H, W) as TensorFlow's SAME does: to ceil(side / stride) cells, the odd pixel last."""
-    height, width = (get_same_padding(side, kernel, stride, 1) for side in x.shape[-2:])
-    return F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2), value=value)
+def fold_norm_before(norm: nn.BatchNorm2d, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the one 1x1 convolution that equals, in eval mode, `norm` and then that of `weight`."""
+    scale, shift = norm_affine(norm)
+    return (weight * scale[:, None, None]).to(weight), (bias + weight.double().flatten(1) @ shift).to(bias)
+
+
+def norm_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """What a BatchNorm multiplies by and adds in eval mode, in float64."""
+    scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
+    return scale, norm.bias.double() - norm.running_mean.double() * scale
+
+
+def pad_same(x: Tensor, kernel: int, stride: int) -> Tensor:
+    """Zero-pads (B, C, H, W) as TensorFlow's SAME: a kernel above 1 then yields ceil(side / stride) cells.
+
+    The odd zero comes last. Sides grow by `kernel - 1` whatever they are, so that symbolic ones divide provably; what
+    is too much at the right and bottom, no kernel reaches.
+    """
+    top, left = ((kernel - 1 - (side - 1) % stride) // 2 for side in x.shape[-2:])
+    return F.pad(x, (left, kernel - 1 - left, top, kernel - 1 - top))

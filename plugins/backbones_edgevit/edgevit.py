@@ -17,6 +17,7 @@ from backbones.layers import (
     attend,
     conv2d,
     crop_to,
+    fold_norm_before,
     gelu,
     init_linear,
     pad_to_multiple,
@@ -171,11 +172,7 @@ class NormConv(nn.Module):
 
     def fold(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the one convolution that does both."""
-        norm, weight = self.norm, self.conv.weight
-        scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
-        shift = norm.bias.double() - norm.running_mean.double() * scale
-        bias = self.conv.bias + weight.double().flatten(1) @ shift
-        return (weight * scale[:, None, None]).to(weight), bias.to(weight)
+        return fold_norm_before(self.norm, self.conv.weight, self.conv.bias)
 
 
 class AttentionBlock(nn.Module):

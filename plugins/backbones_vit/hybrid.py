@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.errors import InputError
-from backbones.layers import Blocks, TableCache, conv2d, residual
+from backbones.layers import Blocks, TableCache, conv2d, pad_same, residual
 
 from .vit import STRIDES, VisionTransformer
 
@@ -170,7 +170,7 @@ class StdConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         kernel, stride = self.kernel_size[0], self.stride[0]
         if stride > 1 and kernel > 1:
-            x = _pad_same(x, kernel, stride)
+            x = pad_same(x, kernel, stride)
         return conv2d(x, self, self._standardised.get((), self.weight, self.standardise))
 
     def standardise(self) -> Tensor:
@@ -196,15 +196,6 @@ class MaxPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
-            return F.max_pool2d(_pad_same(x, 3, 2), 3, 2)
+            return F.max_pool2d(pad_same(x, 3, 2), 3, 2)
         # An even side lacks its last cell alone, which ceil_mode allows for without a copy.
         return F.max_pool2d(x, 3, 2, padding=[side % 2 for side in x.shape[-2:]], ceil_mode=True)
-
-
-def _pad_same(x: Tensor, kernel: int, stride: int) -> Tensor:
-    """Zero-pads (B, C, H, W) as TensorFlow's SAME at the left and top; at the right and bottom, where the windows end.
-
-    Sides grow by `kernel - 1` whatever they are, so that symbolic ones become ceil(side / stride) provably.
-    """
-    top, left = ((kernel - 1 - (side - 1) % stride) // 2 for side in x.shape[-2:])
-    return F.pad(x, (left, kernel - 1 - left, top, kernel - 1 - top))

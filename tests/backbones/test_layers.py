@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import Conv2dSame
 from torch import nn
 
 from backbones.errors import InputError
@@ -26,6 +27,7 @@ from backbones.layers import (
     attend,
     conv2d,
     fold_norm,
+    fold_norm_before,
     gelu,
     halve,
     pad_same,
@@ -218,10 +220,20 @@ def test_a_folded_norm_scales_the_bias_of_the_convolution_too(randomise):
     torch.testing.assert_close(nn.functional.conv2d(x, weight, bias), norm(conv(x)), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("side", "left", "right"), [(8, 0, 1), (9, 1, 1), (1, 1, 1)])
-def test_same_padding_puts_the_odd_pixel_last(side, left, right):
-    padded = pad_same(torch.ones(1, 1, side, side), kernel=3, stride=2)
-    assert padded[0, 0, left].tolist() == [0.0] * left + [1.0] * side + [0.0] * right
+@pytest.mark.parametrize("kernel", [3, 7])
+@pytest.mark.parametrize("side", [1, 2, 8, 9, 31])
+def test_same_padding_is_that_of_tensorflow(side, kernel):
+    conv = Conv2dSame(3, 4, kernel, stride=2)
+    x = torch.randn(1, 3, side, side + 1)
+    ours = F.conv2d(pad_same(x, kernel, 2), conv.weight, conv.bias, stride=2)
+    torch.testing.assert_close(ours, conv(x), atol=1e-5, rtol=1e-5)
+
+
+def test_a_norm_before_a_convolution_is_folded_into_it(randomise):
+    norm, conv = randomise(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1)))
+    x = torch.randn(2, 4, 5, 3)
+    folded = F.conv2d(x, *fold_norm_before(norm, conv.weight, conv.bias))
+    torch.testing.assert_close(folded, conv(norm(x)), atol=1e-5, rtol=1e-5)
 
 
 class TestRelativePositionBias:
