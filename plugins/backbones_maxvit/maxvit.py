@@ -21,13 +21,9 @@ from backbones.layers import (
     TableCache,
     activate,
     ceil_div,
-    crop_to,
     init_linear,
     layer_norm_2d,
-    pad_to_multiple,
     residual,
-    window_partition,
-    window_unpartition,
 )
 from backbones.layers.padding import is_exporting
 from backbones.weights import KeyLayout
@@ -259,6 +255,7 @@ class PartitionAttention(nn.Module):
         for name in ("ls1", "ls2"):
             scale = None if init_values is None else nn.Parameter(torch.full((dim,), init_values))
             self.register_parameter(name, scale)
+        self._cuts = TableCache(entries=2)
         self._masked = TableCache(entries=2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -266,29 +263,30 @@ class PartitionAttention(nn.Module):
         return residual(x, self.drop_path(self.mlp(self.norm2(x))), self.ls2)
 
     def attend(self, x: Tensor) -> Tensor:
-        batch, height, width, _ = x.shape
-        cut, join = (grid_partition, grid_unpartition) if self.grid else (window_partition, window_unpartition)
-        x = self.attn(cut(x, self.size), self.bias(batch, height, width))
-        return join(x, self.size, batch, height, width)
+        """Attention alone: (B, H, W, C) -> (B, H, W, C)."""
+        gather, padding, scatter = self.cut(*x.shape[:3], x.device)
+        parts = x.flatten(0, 2).index_select(0, gather).unflatten(0, (-1, self.size**2))
+        attended = self.attn(parts, self.bias(*x.shape[:3], padding))
+        return attended.flatten(0, 1).index_select(0, scatter).reshape(x.shape)
 
-    def bias(self, batch: int, height: int, width: int) -> Tensor:
-        """What is added to logits: (1, heads, N, N) or, with cells to mask, (B * parts, heads, N, N)."""
+    @torch.no_grad()  # no parameter is involved, so that training may keep the cuts too
+    def cut(self, *place: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return self._cuts.get(place, (), lambda: cut_into_parts(*place, self.size, self.grid))
+
+    def bias(self, batch: int, height: int, width: int, padding: Tensor) -> Tensor:
+        """What is added to logits: (1, heads, N, N) or, with padding to mask, (B * parts, heads, N, N)."""
         bias = self.attn.rel_pos(self.size, self.size)
         if not is_exporting() and height % self.size == 0 and width % self.size == 0:
             return bias
-        if is_exporting() or bias.numel() * ceil_div(height, self.size) * ceil_div(width, self.size) > KEPT_BIAS:
-            masked = bias + self.mask(height, width, bias)
-        else:
-            masked = self._masked.get(
-                (height, width), list(self.attn.rel_pos.parameters()), lambda: bias + self.mask(height, width, bias)
-            )
-        return masked.repeat(batch, 1, 1, 1)
 
-    def mask(self, height: int, width: int, like: Tensor) -> Tensor:
-        """(parts, 1, 1, N): minus infinity for keys outside the map, of which no part is made up alone."""
-        inside = like.new_ones(1, height, width, 1)
-        inside = (grid_partition if self.grid else window_partition)(inside, self.size)
-        return torch.zeros_like(inside).masked_fill(inside == 0, float("-inf")).permute(0, 2, 1)[:, None]
+        def masked() -> Tensor:
+            mask = bias.new_zeros(padding.shape).masked_fill(padding, float("-inf"))  # no part is padding alone
+            mask = mask.unflatten(0, (-1, self.size**2))[:, None, None]
+            return bias.expand(mask.shape[0], -1, -1, -1) + mask
+
+        if is_exporting() or self.attn.heads * self.size**2 * padding.numel() > KEPT_BIAS:
+            return masked()
+        return self._masked.get((batch, height, width), list(self.attn.rel_pos.parameters()), masked)
 
 
 class Attention(nn.Module):
@@ -326,38 +324,32 @@ class Mlp(nn.Module):
         return self.fc2(activate(self.fc1(x), self.act))
 
 
-def grid_partition(x: Tensor, size: int) -> Tensor:
-    """Cuts (B, H, W, C) into grids (B * parts, size * size, C), zero-padded at the right and bottom.
+def cut_into_parts(
+    batch: int, height: int, width: int, device: torch.device, size: int, grid: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each cell of maps (B, H, W) belongs, all flat, because a broadcast would fix symbolic sizes that are 1.
 
-    A grid takes every h-th row and w-th column, where h and w are the sides of the padded map over `size`.
+    Returns:
+        for each place in the parts of padded maps, its cell; whether it is padding instead; for each cell, its place.
     """
-    batch, height, width, chans = x.shape
     rows, columns = ceil_div(height, size), ceil_div(width, size)
-    x = pad_to_multiple(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
-    if is_exporting():  # a reshape would ask whether symbolic sides can be split, which it cannot prove
-        return window_partition(_interleave(x, rows, columns, size, size), size)
-    x = x.reshape(batch, size, rows, size, columns, chans)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(-1, size * size, chans)
-
-
-def grid_unpartition(grids: Tensor, size: int, batch: int, height: int, width: int) -> Tensor:
-    """Puts grids (B * parts, size * size, C) back into a map (B, height, width, C)."""
-    rows, columns = ceil_div(height, size), ceil_div(width, size)
-    if is_exporting():
-        x = window_unpartition(grids, size, batch, rows * size, columns * size)
-        x = _interleave(x, size, size, rows, columns)
+    place = torch.arange(batch * rows * columns * size * size, device=device)
+    part, y, x = place // (size * size), place // size % size, place % size
+    if grid:
+        y, x = y * rows + part // columns % rows, x * columns + part % columns
     else:
-        x = grids.reshape(batch, rows, columns, size, size, -1).permute(0, 3, 1, 4, 2, 5)
-        x = x.reshape(batch, size * rows, size * columns, -1)
-    return crop_to(x.permute(0, 3, 1, 2), height, width).permute(0, 2, 3, 1)
+        y, x = part // columns % rows * size + y, part % columns * size + x
+    padding = (y >= height) | (x >= width)
+    gather = torch.where(padding, 0, (part // (rows * columns) * height + y) * width + x)
 
-
-def _interleave(x: Tensor, row_step: int, column_step: int, rows: int, columns: int) -> Tensor:
-    """(B, H, W, C) with the rows that are `row_step` apart side by side, `rows` in each group; columns alike."""
-    for dim, step, count in ((1, row_step, rows), (2, column_step, columns)):
-        index = torch.arange(step, device=x.device)[:, None] + step * torch.arange(count, device=x.device)
-        x = x.index_select(dim, index.flatten())
-    return x
+    cell = torch.arange(batch * height * width, device=device)
+    y, x = cell // width % height, cell % width
+    if grid:
+        part_y, part_x, y, x = y % rows, x % columns, y // rows, x // columns
+    else:
+        part_y, part_x, y, x = y // size, x // size, y % size, x % size
+    part = (cell // (height * width) * rows + part_y) * columns + part_x
+    return gather, padding, (part * size + y) * size + x
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -4,12 +4,11 @@ import pytest
 import timm
 import torch
 import torchvision
-from timm.models.maxxvit import checkpoint_filter_fn
-from timm.models.maxxvit import grid_partition as timm_grid_partition
+from timm.models import maxxvit
 
 from backbones import build_backbone
 from backbones.weights import load_weights
-from backbones_maxvit.maxvit import TIMM, TORCHVISION, PartitionAttention, grid_partition, grid_unpartition
+from backbones_maxvit.maxvit import TIMM, TORCHVISION, PartitionAttention, cut_into_parts
 
 # with 1000 classes
 PARAMETERS = {
@@ -158,13 +157,19 @@ def test_weight_decay_spares_what_timm_spares():
         assert build_backbone(name).no_weight_decay() == set(TIMM.convert(dict.fromkeys(theirs)))
 
 
+@pytest.mark.parametrize("grid", [False, True])
 @pytest.mark.parametrize("size", [(14, 21), (13, 9), (1, 1), (7, 20), (8, 30)])
-def test_grids_are_put_back_where_they_came_from(size):
+def test_parts_are_put_back_where_they_came_from(size, grid):
     x = torch.randn(2, *size, 3)
-    grids = grid_partition(x, 7)
-    assert torch.equal(grid_unpartition(grids, 7, 2, *size), x)
+    gather, padding, scatter = cut_into_parts(2, *size, x.device, 7, grid)
+    parts = x.flatten(0, 2)[gather]
+    assert torch.equal(parts[scatter].view_as(x), x)
+    assert not padding[scatter].any()
+    assert (~padding).sum() == 2 * size[0] * size[1]
+    assert not padding.view(-1, 49).all(1).any()  # no softmax over nothing
     if size == (14, 21):
-        assert torch.equal(grids, timm_grid_partition(x, [7, 7]).flatten(1, 2))
+        partition = maxxvit.grid_partition if grid else maxxvit.window_partition
+        assert torch.equal(parts, partition(x, [7, 7]).flatten(0, 2))
 
 
 @pytest.mark.parametrize("grid", [False, True])
@@ -243,7 +248,7 @@ def test_detection_checkpoint_loads_its_backbone(reference, tmp_path, assert_equ
 
 def test_names_are_those_that_timm_loads(reference):
     state = reference.state_dict()
-    assert checkpoint_filter_fn(state, reference).keys() == state.keys()
+    assert maxxvit.checkpoint_filter_fn(state, reference).keys() == state.keys()
     own = build_backbone("maxvit_rmlp_pico_rw", features_only=False).state_dict()
     assert TIMM.convert(state).keys() == own.keys()
 
