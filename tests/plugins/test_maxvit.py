@@ -173,6 +173,14 @@ def test_parts_are_put_back_where_they_came_from(size, grid):
 
 
 @pytest.mark.parametrize("grid", [False, True])
+@pytest.mark.parametrize("size", [(8, 8), (5, 6), (1, 1)])
+def test_gradients_of_parts_are_those_of_finite_differences(grid, size):
+    layer = PartitionAttention(32, 4, grid, "gelu", 1e-6, True, False, None, None, 0.0).double()
+    x = torch.randn(2, *size, 32, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer.attend, x, fast_mode=True)
+
+
+@pytest.mark.parametrize("grid", [False, True])
 @pytest.mark.parametrize("size", [(9, 12), (2, 3), (15, 7), (1, 1)])
 def test_padding_is_masked(grid, size, randomise):
     """Each part attends among its real cells alone, as if the padding were not there."""
