@@ -106,7 +106,7 @@ def check_backbone(
 
 
 def parametrize_backbones(
-    names: Iterable[str],
+    names: Iterable[str | Build],
     expected_failures: Mapping[str, Mapping[str, str]] | None = None,
     slow_marks: Any = (),
 ):
@@ -117,7 +117,7 @@ def parametrize_backbones(
             check(name)
 
     Args:
-        names: backbones as `build_backbone` takes them.
+        names: backbones as `build_backbone` takes them, or functions or classes that build one.
         expected_failures: name to check to reason; those are marked `xfail`, strictly.
         slow_marks: marks of the checks that take minutes, such as `pytest.mark.slow`.
     """
@@ -127,9 +127,10 @@ def parametrize_backbones(
     for name in names:
         for check in CHECKS:
             marks = [slow_marks] if check in SLOW_CHECKS and slow_marks != () else []
-            if reason := (expected_failures or {}).get(name, {}).get(check):
+            called = _subject(name)[0]
+            if reason := (expected_failures or {}).get(called, {}).get(check):
                 marks.append(pytest.mark.xfail(reason=reason, strict=True))
-            cases.append(pytest.param(name, partial(_check_or_skip, check), id=f"{name}-{check}", marks=marks))
+            cases.append(pytest.param(name, partial(_check_or_skip, check), id=f"{called}-{check}", marks=marks))
     return pytest.mark.parametrize(("name", "check"), cases)
 
 
@@ -170,8 +171,9 @@ def check_plugin(
 
 def smallest_of_each_family(names: Iterable[str]) -> list[str]:
     """One backbone per family, the one with the fewest parameters: what there is to check in little time."""
-    infos = sorted(map(backbone_info, names), key=lambda info: -(info.params or math.inf))
-    return sorted({info.family: info.name for info in infos}.values())
+    infos = {name: backbone_info(name) for name in names}
+    by_size = sorted(infos, key=lambda name: -(infos[name].params or math.inf))
+    return sorted({infos[name].family: name for name in by_size}.values())
 
 
 # --- checks -------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .blocks import residual
 from .cache import TableCache
-from .conv import ConvNorm, activate, conv2d
+from .conv import ConvNorm, activate, conv2d, fold_norm_before, norm_affine
 from .padding import is_exporting
 
 
@@ -123,17 +123,14 @@ class MBConv(nn.Module):
         return activate(conv2d(x, self.expand.conv, weight, bias), self.expand.act)
 
     def _fold_expansion(self) -> tuple[Tensor, Tensor]:
-        weight, bias = self.expand.fold()
-        scale, shift = _affine(self.pre_norm)
-        folded_bias = bias.double() + weight.double().flatten(1) @ shift
-        return (weight * scale[:, None, None]).to(weight), folded_bias.to(bias)
+        return fold_norm_before(self.pre_norm, *self.expand.fold())
 
     def _excite_and_norm(self, x: Tensor) -> Tensor:
         norm = self.depthwise.norm
         gate = self.se.gate(x)
         if not self._may_fold() or gate.dtype != norm.weight.dtype:
             return activate(norm(x * gate), self.depthwise.act)
-        scale, shift = (t.to(x.dtype)[:, None, None] for t in _affine(norm))
+        scale, shift = (t.to(x.dtype)[:, None, None] for t in norm_affine(norm))
         return activate(torch.addcmul(shift, x, gate * scale, out=x), self.depthwise.act)
 
     def _may_fold(self) -> bool:
@@ -155,9 +152,3 @@ def halve(x: Tensor, how: str) -> Tensor:
     if is_exporting():  # the same mean, without asking whether the last cell is whole: a whole one drops the padding
         return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), mode="replicate"), 2)
     return F.avg_pool2d(x, 2, ceil_mode=True)
-
-
-def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """What a BatchNorm multiplies by and adds in eval mode, in float64."""
-    scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
-    return scale, norm.bias.double() - norm.running_mean.double() * scale

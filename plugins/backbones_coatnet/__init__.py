@@ -85,6 +85,7 @@ def _spec(variant: str, size: str, options: dict, params: float, gmacs: float, w
         aliases=tuple(f"{name}_{side}" for side in sides),
         params=params,
         gmacs=gmacs,
+        options=("img_size",),
         summary="convolutional stages, then transformer stages with relative attention over the whole map",
         paper="https://arxiv.org/abs/2106.04803",
         license="Apache-2.0",

@@ -130,6 +130,7 @@ def _spec(
         aliases=tuple(alias for alias in names if alias != name),
         params=params,
         gmacs=gmacs,
+        options=("partition",),
         summary="MBConv, attention in windows and attention over a grid in every block",
         paper="https://arxiv.org/abs/2204.01697",
         license="BSD-3-Clause" if variant == "t" else "Apache-2.0",

@@ -79,8 +79,6 @@ TORCHVISION = KeyLayout(
     ),
 )
 HEAD_DIM = 32
-# Numbers in the largest table of masked biases that is kept: 16 MB in float32.
-KEPT_BIAS = 2**22
 
 
 class MaxViT(Backbone):
@@ -256,7 +254,7 @@ class PartitionAttention(nn.Module):
             scale = None if init_values is None else nn.Parameter(torch.full((dim,), init_values))
             self.register_parameter(name, scale)
         self._cuts = TableCache(entries=2)
-        self._masked = TableCache(entries=2)
+        self._masked = TableCache(entries=2, largest=2**22)  # 16 MB in float32, for each block
 
     def forward(self, x: Tensor) -> Tensor:
         x = residual(x, self.drop_path(self.attend(self.norm1(x))), self.ls1)
@@ -284,7 +282,7 @@ class PartitionAttention(nn.Module):
             mask = mask.unflatten(0, (-1, self.size**2))[:, None, None]
             return bias.expand(mask.shape[0], -1, -1, -1) + mask
 
-        if is_exporting() or self.attn.heads * self.size**2 * padding.numel() > KEPT_BIAS:
+        if self.training:  # the bias may come from an MLP with dropout
             return masked()
         return self._masked.get((batch, height, width), list(self.attn.rel_pos.parameters()), masked)
 
