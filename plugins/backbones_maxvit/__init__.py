@@ -133,7 +133,7 @@ def _spec(
         options=("partition",),
         summary="MBConv, attention in windows and attention over a grid in every block",
         paper="https://arxiv.org/abs/2204.01697",
-        license="BSD-3-Clause" if variant == "t" else "Apache-2.0",
+        license="Apache-2.0",
     )
 
 
