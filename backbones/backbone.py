@@ -16,6 +16,7 @@ from .errors import InputError, PluginError
 from .layers import (
     Blocks,
     Linear,
+    LogPositionBias,
     RelativePositionBias,
     ceil_div,
     crop_to,
@@ -75,6 +76,9 @@ class Backbone(nn.Module, metaclass=_Finished):
     own_layout: ClassVar[str] = "own"
     #: Parts that published classification checkpoints do not hold, or hold for other classes.
     new_parts: ClassVar[tuple[str, ...]] = ("head", "out_norms")
+    #: Which parameters are the stem's, and which belong to block m of stage n, for layer-wise lr decay.
+    stem_pattern: ClassVar[str] = r"^stem"
+    block_pattern: ClassVar[str] = r"^stages\.(\d+)\.blocks\.(\d+)"
     #: Strides of the whole network that `output_stride` may ask for.
     output_strides: ClassVar[tuple[int, ...]] = (32,)
     #: Pooling that the classifier knows.
@@ -192,7 +196,8 @@ class Backbone(nn.Module, metaclass=_Finished):
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits (B, num_classes) of unpooled features (B, C, h, w); with `pre_logits`, what the head sees."""
-        x = nn.functional.dropout(features.mean((2, 3)), self.drop_rate, self.training)
+        x = self.pre_logits(features.mean((2, 3)))
+        x = nn.functional.dropout(x, self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
 
     def get_classifier(self) -> nn.Module:
@@ -222,11 +227,21 @@ class Backbone(nn.Module, metaclass=_Finished):
 
     def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
         """Regular expressions that sort parameters into layers, in timm's convention, for layer-wise lr decay."""
-        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)"}
+        stages = [(r"^stages\.(\d+)\.norm", (99999,)), (r"^stages\.(\d+)", None)]
+        blocks = stages if coarse else [(self.block_pattern, None), *stages]
+        return {
+            "stem": self.stem_pattern,
+            "blocks": [*blocks, (r"^(?:norm|pre_logits|stage_norms)\.", (99999,))],
+        }
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that take no weight decay beside norms and biases."""
-        return set()
+        """Names of parameters that take no weight decay beside norms and biases: those of relative positions."""
+        return {
+            f"{name}.{parameter}"
+            for name, module in self.named_modules()
+            if isinstance(module, (RelativePositionBias, LogPositionBias))
+            for parameter, _ in module.named_parameters()
+        }
 
     def train(self, mode: bool = True) -> "Backbone":
         """Training mode for what is neither frozen nor, with `norm_eval`, a BatchNorm."""
@@ -262,6 +277,10 @@ class Backbone(nn.Module, metaclass=_Finished):
         """Norm between a classifier's last stage and its pooling; none unless an architecture has one."""
         return nn.Identity()
 
+    def make_pre_logits(self) -> nn.Module:
+        """What a classifier has between its pooling and the layer that yields logits; nothing as a rule."""
+        return nn.Identity()
+
     def make_out_norm(self, channels: int) -> nn.Module:
         """Norm of one map for `out_norm=True`."""
         return layer_norm_2d(channels)
@@ -284,6 +303,7 @@ class Backbone(nn.Module, metaclass=_Finished):
             )
         else:
             self.norm = self.make_norm()
+            self.pre_logits = self.make_pre_logits().apply(init_linear)
             self._make_head()
         self.set_grad_checkpointing(self.checkpointing)
         parts = len(self.freezable())

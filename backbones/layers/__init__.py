@@ -1,6 +1,6 @@
 """The toolkit for plugin authors: what more than one architecture needs."""
 
-from .attention import Attention, attend
+from .attention import Attention, SpatialReductionAttention, attend
 from .blocks import Blocks, residual, run_blocks
 from .cache import TableCache
 from .conv import ConvNorm, activate, conv2d, fold_norm, fold_norm_before, norm_affine, pad_same
@@ -23,6 +23,7 @@ __all__ = [
     "Mlp",
     "PreLogits",
     "RelativePositionBias",
+    "SpatialReductionAttention",
     "SqueezeExcite",
     "TableCache",
     "activate",

@@ -35,3 +35,40 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return self.proj(attend(*self.qkv(x).chunk(3, dim=-1), self.heads, bias))
+
+
+class SpatialReductionAttention(nn.Module):
+    """Attention of every cell of a map (B, H, W, C) to a smaller map, which a strided convolution makes of it.
+
+    As in PVT (Wang et al., https://arxiv.org/abs/2102.12122).
+
+    Args:
+        dim: C.
+        heads: number of heads; divides `dim`.
+        sr_ratio: how much smaller each side is; at 1, cells attend to the map itself.
+    """
+
+    def __init__(self, dim: int, heads: int, sr_ratio: int):
+        super().__init__()
+        self.heads = heads
+        self.sr_ratio = sr_ratio
+        self.q = Linear(dim, dim)
+        self.kv = Linear(dim, 2 * dim)
+        self.proj = Linear(dim, dim)
+        if sr_ratio > 1:
+            self.sr = nn.Conv2d(dim, dim, sr_ratio, sr_ratio)
+            self.norm = nn.LayerNorm(dim, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, v = self.kv(self.reduce(x).flatten(1, 2)).chunk(2, dim=-1)
+        return self.proj(attend(self.q(x).flatten(1, 2), k, v, self.heads)).reshape(x.shape)
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """The map that keys and values come from: (B, H, W, C) -> (B, h, w, C)."""
+        if self.sr_ratio == 1:
+            return x
+        x = x.permute(0, 3, 1, 2)
+        height, width = x.shape[-2:]
+        if height < self.sr_ratio or width < self.sr_ratio:  # smaller than one kernel
+            x = F.pad(x, (0, max(0, self.sr_ratio - width), 0, max(0, self.sr_ratio - height)))
+        return self.norm(self.sr(x).permute(0, 2, 3, 1))

@@ -1,6 +1,6 @@
 """CoAtNet (Dai et al., https://arxiv.org/abs/2106.04803), in the form of timm's `coatnet_N` and `_rw` models."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -83,6 +83,7 @@ class CoAtNet(Backbone):
         **options: those of `backbones.Backbone`.
     """
 
+    block_pattern = r"^stages\.(\d+)\.(\d+)"
     key_layouts = (TIMM,)
 
     def __init__(
@@ -160,26 +161,13 @@ class CoAtNet(Backbone):
                 for i in range(4)
             )
         )
-        if hidden_head and not self.features_only:
-            self.pre_logits = PreLogits(dims[-1])
         self.apply(_init_weights)
+
+    def make_pre_logits(self) -> nn.Module:
+        return PreLogits(self.num_features) if self.hidden_head else nn.Identity()
 
     def make_norm(self) -> nn.Module:
         return nn.Identity() if self.hidden_head else NORMS[self.norm_kind](self.num_features)
-
-    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        x = features.mean((2, 3))
-        if self.hidden_head:
-            x = self.pre_logits(x)
-        x = F.dropout(x, self.drop_rate, self.training)
-        return x if pre_logits else self.head(x)
-
-    def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if ".rel_pos." in name}
-
-    def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
-        blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
-        return {"stem": r"^stem", "blocks": [(blocks, None), (r"^(?:norm|pre_logits)\.", (99999,))]}
 
 
 class TransformerBlock(nn.Module):

@@ -19,7 +19,7 @@ TIMM = KeyLayout(
         (r"^stem\.1\.", "stem.norm."),
         (r"\.downsample\.0\.", ".downsample.norm."),
         (r"\.downsample\.1\.", ".downsample.conv."),
-        (r"^head\.norm\.", "head_norm."),
+        (r"^head\.norm\.", "pre_logits."),
         (r"^head\.fc\.", "head."),
     ),
 )
@@ -36,7 +36,7 @@ TORCHVISION = KeyLayout(
         (r"\.block\.3\.", ".mlp.fc1."),
         (r"\.block\.5\.", ".mlp.fc2."),
         (r"\.layer_scale$", ".gamma"),
-        (r"^classifier\.0\.", "head_norm."),
+        (r"^classifier\.0\.", "pre_logits."),
         (r"^classifier\.2\.", "head."),
     ),
 )
@@ -50,7 +50,7 @@ OFFICIAL = KeyLayout(
         (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
         (r"\.(dwconv|depthwise_conv)\.", ".conv_dw."),
         (r"\.(pwconv|pointwise_conv)(\d)\.", r".mlp.fc\2."),
-        (r"^norm\.", "head_norm."),
+        (r"^norm\.", "pre_logits."),
         (r"^norm(\d)\.", r"out_norms.\1."),
     ),
 )
@@ -91,17 +91,10 @@ class ConvNeXt(Backbone):
                 for i in range(4)
             )
         )
-        if not self.features_only:
-            self.head_norm = nn.LayerNorm(dims[-1], eps=1e-6)
         self.apply(_init_weights)
 
-    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        x = F.dropout(self.head_norm(features.mean((2, 3))), self.drop_rate, self.training)
-        return x if pre_logits else self.head(x)
-
-    def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
-        stages = [r"^stages\.(\d+)"] if coarse else [r"^stages\.(\d+)\.downsample", r"^stages\.(\d+)\.blocks\.(\d+)"]
-        return {"stem": r"^stem", "blocks": [*((stage, None) for stage in stages), (r"^head_norm", (99999,))]}
+    def make_pre_logits(self) -> nn.Module:
+        return nn.LayerNorm(self.num_features, eps=1e-6)
 
     def adapt_table(self, name: str, value: Tensor, checkpoint: Mapping[str, Tensor]) -> Tensor:
         if name.endswith(".gamma"):  # torchvision's is (C, 1, 1)

@@ -1,6 +1,6 @@
 """EdgeViT (Pan et al., https://arxiv.org/abs/2205.03436)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ class EdgeViT(Backbone):
         **options: those of `backbones.Backbone`.
     """
 
+    stem_pattern = r"^stages\.0\.embed"
     key_layouts = (OFFICIAL,)
 
     def __init__(
@@ -81,18 +82,6 @@ class EdgeViT(Backbone):
 
     def freezable(self) -> list[list[nn.Module | nn.Parameter]]:
         return [[self.stages[0].embed], *([stage] for stage in self.stages)]
-
-    def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
-        if coarse:
-            return {"stem": r"^stages\.0\.embed", "blocks": [(r"^stages\.(\d+)", None), (r"^norm", (99999,))]}
-        return {
-            "stem": r"^stages\.0\.embed",
-            "blocks": [
-                (r"^stages\.(\d+)\.embed", None),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^norm", (99999,)),
-            ],
-        }
 
     def make_norm(self) -> nn.Module:
         return nn.BatchNorm2d(self.num_features)

@@ -1,6 +1,6 @@
 """EfficientFormer (Li et al., https://arxiv.org/abs/2206.01191)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -102,21 +102,6 @@ class EfficientFormer(Backbone):
     def get_classifier(self) -> tuple[nn.Module, nn.Module]:
         """Both layers that yield logits, as in timm."""
         return self.head, self.head_dist
-
-    def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
-        if coarse:
-            return {"stem": r"^stem", "blocks": [(r"^stages\.(\d+)", None), (r"^norm", (99999,))]}
-        return {
-            "stem": r"^stem",
-            "blocks": [
-                (r"^stages\.(\d+)\.downsample", None),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^norm", (99999,)),
-            ],
-        }
-
-    def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if name.endswith(".bias.table")}
 
     def make_norm(self) -> nn.Module:
         return layer_norm_2d(self.num_features, eps=1e-5)

@@ -1,6 +1,6 @@
 """MaxViT (Tu et al., https://arxiv.org/abs/2204.01697): MBConv, attention in windows, attention over a grid."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -111,6 +111,7 @@ class MaxViT(Backbone):
         **options: those of `backbones.Backbone`.
     """
 
+    block_pattern = r"^stages\.(\d+)\.(\d+)"
     key_layouts = (TIMM, TORCHVISION)
 
     def __init__(
@@ -183,9 +184,10 @@ class MaxViT(Backbone):
                 for i in range(4)
             )
         )
-        if hidden_head and not self.features_only:
-            self.pre_logits = PreLogits(dims[-1], eps)
         self.apply(_init_weights)
+
+    def make_pre_logits(self) -> nn.Module:
+        return PreLogits(self.num_features, self.norm_eps) if self.hidden_head else nn.Identity()
 
     def make_norm(self) -> nn.Module:
         return nn.Identity() if self.hidden_head else layer_norm_2d(self.num_features, self.norm_eps)
@@ -194,20 +196,6 @@ class MaxViT(Backbone):
         super()._make_head()
         if not self.head_bias and self.num_classes:
             self.head.register_parameter("bias", None)
-
-    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        x = features.mean((2, 3))
-        if self.hidden_head:
-            x = self.pre_logits(x)
-        x = F.dropout(x, self.drop_rate, self.training)
-        return x if pre_logits else self.head(x)
-
-    def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if ".rel_pos." in name}
-
-    def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
-        blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
-        return {"stem": r"^stem", "blocks": [(blocks, None), (r"^(?:norm|pre_logits)\.", (99999,))]}
 
 
 class Block(nn.Module):

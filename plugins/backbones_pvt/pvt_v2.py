@@ -1,7 +1,7 @@
 """Pyramid Vision Transformer v2 (Wang et al., https://arxiv.org/abs/2106.13797)."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from backbones.backbone import Backbone
-from backbones.layers import Blocks, Linear, attend, gelu, init_linear, residual
+from backbones.layers import Blocks, Linear, SpatialReductionAttention, gelu, init_linear, residual
 from backbones.weights import KeyLayout
 
 TIMM = KeyLayout("timm", ((r"^patch_embed\.", "stages.0.embed."), (r"^(stages\.\d+)\.downsample\.", r"\1.embed.")))
@@ -37,6 +37,7 @@ class PyramidVisionTransformerV2(Backbone):
         **options: those of `backbones.Backbone`.
     """
 
+    stem_pattern = r"^stages\.0\.embed"
     key_layouts = (TIMM, OFFICIAL)
 
     def __init__(
@@ -70,18 +71,6 @@ class PyramidVisionTransformerV2(Backbone):
     def freezable(self) -> list[list[nn.Module | nn.Parameter]]:
         return [[self.stages[0].embed], *([stage] for stage in self.stages)]
 
-    def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
-        if coarse:
-            return {"stem": r"^stages\.0\.embed", "blocks": [(r"^stages\.(\d+)", None), (r"^norm", (99999,))]}
-        return {
-            "stem": r"^stages\.0\.embed",
-            "blocks": [
-                (r"^stages\.(\d+)\.embed", None),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^stages\.(\d+)\.norm", (99999,)),
-            ],
-        }
-
 
 class Stage(nn.Module):
     """(B, C_in, H, W) -> (B, dim, H / stride, W / stride)."""
@@ -114,7 +103,7 @@ class Block(nn.Module):
     def __init__(self, dim: int, heads: int, sr_ratio: int, mlp_ratio: float, drop_path: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads, sr_ratio)
+        self.attn = SpatialReductionAttention(dim, heads, sr_ratio) if sr_ratio else PooledAttention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), relu=sr_ratio == 0)
         self.drop_path = DropPath(drop_path)
@@ -124,35 +113,17 @@ class Block(nn.Module):
         return residual(x, self.drop_path(self.mlp(self.norm2(x))))
 
 
-class Attention(nn.Module):
-    """Attention to a smaller map: strided by a convolution, or pooled to 7 x 7 where `sr_ratio` is 0."""
+class PooledAttention(SpatialReductionAttention):
+    """Attention to the map pooled to 7 x 7."""
 
-    def __init__(self, dim: int, heads: int, sr_ratio: int):
-        super().__init__()
-        self.heads = heads
-        self.sr_ratio = sr_ratio
-        self.q = Linear(dim, dim)
-        self.kv = Linear(dim, 2 * dim)
-        self.proj = Linear(dim, dim)
-        if sr_ratio != 1:
-            self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio or 1, stride=sr_ratio or 1)
-            self.norm = nn.LayerNorm(dim, eps=1e-5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        k, v = self.kv(self.reduce(x).flatten(1, 2)).chunk(2, dim=-1)
-        return self.proj(attend(self.q(x).flatten(1, 2), k, v, self.heads)).reshape(x.shape)
+    def __init__(self, dim: int, heads: int):
+        super().__init__(dim, heads, sr_ratio=1)
+        self.sr = nn.Conv2d(dim, dim, 1)
+        self.norm = nn.LayerNorm(dim, eps=1e-5)
 
     def reduce(self, x: Tensor) -> Tensor:
-        """The map that keys and values come from: (B, H, W, C) -> (B, h, w, C)."""
-        if self.sr_ratio == 1:
-            return x
-        x = x.permute(0, 3, 1, 2)
-        if self.sr_ratio == 0:
-            return gelu(self.norm(self.sr(F.adaptive_avg_pool2d(x, 7)).permute(0, 2, 3, 1)))
-        height, width = x.shape[-2:]
-        if height < self.sr_ratio or width < self.sr_ratio:  # smaller than one kernel
-            x = F.pad(x, (0, max(0, self.sr_ratio - width), 0, max(0, self.sr_ratio - height)))
-        return self.norm(self.sr(x).permute(0, 2, 3, 1))
+        x = self.sr(F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), 7))
+        return gelu(self.norm(x.permute(0, 2, 3, 1)))
 
 
 class Mlp(nn.Module):

@@ -1,6 +1,6 @@
 """Swin Transformer (Liu et al., https://arxiv.org/abs/2103.14030)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,21 +105,6 @@ class SwinTransformer(Backbone):
 
     def make_out_norm(self, channels: int) -> nn.Module:
         return layer_norm_2d(channels, eps=1e-5)
-
-    def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
-        if coarse:
-            return {"stem": r"^stem", "blocks": [(r"^stages\.(\d+)", None), (r"^norm", (99999,))]}
-        return {
-            "stem": r"^stem",
-            "blocks": [
-                (r"^stages\.(\d+)\.downsample", None),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^norm", (99999,)),
-            ],
-        }
-
-    def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if name.endswith("bias.table")}
 
 
 class PatchEmbed(nn.Module):

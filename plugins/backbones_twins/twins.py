@@ -1,7 +1,7 @@
 """Twins-SVT and Twins-PCPVT (Chu et al., https://arxiv.org/abs/2104.13840)."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from backbones.backbone import Backbone
 from backbones.layers import (
     Attention,
     Blocks,
-    Linear,
     Mlp,
+    SpatialReductionAttention,
     TableCache,
     attend,
     ceil_div,
@@ -51,6 +51,7 @@ class Twins(Backbone):
             norm after a stage is what the next stage sees, too.
     """
 
+    stem_pattern = r"^stages\.0\.embed"
     key_layouts = (OFFICIAL,)
     new_parts = ("head", "out_norms", "stage_norms")
 
@@ -76,7 +77,7 @@ class Twins(Backbone):
                             dims[i],
                             attn=WindowAttention(dims[i], heads[i], window_size)
                             if window_size and j % 2 == 0
-                            else GlobalAttention(dims[i], heads[i], sr_ratios[i]),
+                            else SpatialReductionAttention(dims[i], heads[i], sr_ratios[i]),
                             mlp_ratio=mlp_ratios[i],
                             drop_path=rate,
                             position=PositionEncoding(dims[i]) if j == 0 else nn.Identity(),
@@ -109,11 +110,6 @@ class Twins(Backbone):
 
     def freezable(self) -> list[list[nn.Module | nn.Parameter]]:
         return [[self.stages[0].embed], *([stage] for stage in self.stages)]
-
-    def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
-        stages = [r"^stages\.(\d+)"] if coarse else [r"^stages\.(\d+)\.embed", r"^stages\.(\d+)\.blocks\.(\d+)"]
-        blocks = [*((stage, None) for stage in stages), (r"^(?:stage_)?norm", (99999,))]
-        return {"stem": r"^stages\.0\.embed", "blocks": blocks}
 
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if ".position." in name}
@@ -209,35 +205,6 @@ def _cut(batch: int, height: int, width: int, device: torch.device, size: int) -
     y, x = cell // width % height, cell % width
     window = (cell // (height * width) * rows + y // size) * columns + x // size
     return gather, (window * size + y % size) * size + x % size
-
-
-class GlobalAttention(nn.Module):
-    """Attention of every cell of a map (B, H, W, C) to a smaller map, which a strided convolution makes."""
-
-    def __init__(self, dim: int, heads: int, sr_ratio: int):
-        super().__init__()
-        self.heads = heads
-        self.sr_ratio = sr_ratio
-        self.q = Linear(dim, dim)
-        self.kv = Linear(dim, 2 * dim)
-        self.proj = Linear(dim, dim)
-        if sr_ratio > 1:
-            self.sr = nn.Conv2d(dim, dim, sr_ratio, sr_ratio)
-            self.norm = nn.LayerNorm(dim, eps=1e-5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        k, v = self.kv(self.reduce(x).flatten(1, 2)).chunk(2, dim=-1)
-        return self.proj(attend(self.q(x).flatten(1, 2), k, v, self.heads)).reshape(x.shape)
-
-    def reduce(self, x: Tensor) -> Tensor:
-        """The map that keys and values come from: (B, H, W, C) -> (B, h, w, C)."""
-        if self.sr_ratio == 1:
-            return x
-        x = x.permute(0, 3, 1, 2)
-        height, width = x.shape[-2:]
-        if height < self.sr_ratio or width < self.sr_ratio:  # smaller than one kernel
-            x = F.pad(x, (0, max(0, self.sr_ratio - width), 0, max(0, self.sr_ratio - height)))
-        return self.norm(self.sr(x).permute(0, 2, 3, 1))
 
 
 def _init_weights(module: nn.Module) -> None:

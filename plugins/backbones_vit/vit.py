@@ -324,7 +324,7 @@ class VisionTransformer(Backbone):
         self.norm, self.fc_norm = (nn.Identity(), norm) if pool == "avg" else (norm, nn.Identity())
         width = 2 * dim if pool == "both" else dim
         if size:
-            if not hasattr(self, "pre_logits") or self.pre_logits.fc.in_features != width:
+            if not isinstance(self.pre_logits, nn.Sequential) or self.pre_logits.fc.in_features != width:
                 fc = Linear(width, size)
                 init_linear(fc)
                 self.pre_logits = nn.Sequential(OrderedDict(fc=fc, act=nn.Tanh()))

@@ -1,6 +1,6 @@
 """MyNet: residual blocks of a depth-wise 7 x 7 convolution and an MLP over the channels, in four stages."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from timm.layers import DropPath
@@ -27,9 +27,6 @@ class MyNet(Backbone):
         self.stages = nn.ModuleList(
             self.wanted(Stage(dims[max(i - 1, 0)], dims[i], drop_path[i]) for i in range(len(dims)))
         )
-
-    def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
-        return {"stem": r"^stem", "blocks": [(r"^stages\.(\d+)\.down", None), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]}
 
 
 class Stage(nn.Module):
