@@ -18,7 +18,7 @@ from .specs import BackboneSpec, is_name
 GROUP = "backbones"
 APIS = (1,)  # values of BACKBONES_API that this version understands
 FIRST_PARTY = "dense-backbones"
-HOOKS = ("register_backbones", "find_backbone")
+HOOKS = ("register_backbones", "catalogue", "find_backbone")
 LOCAL = "local"  # namespace of what is registered by hand
 
 # A plugin that calls sys.exit() must not end the program either.
@@ -65,6 +65,16 @@ class Plugin:
             self.fail(error)
             return None
         return answers[0] if answers else None
+
+    def catalogue(self) -> list[str]:
+        """Bare names that the plugin finds when asked, beside those that it lists."""
+        if self.hooks is None:
+            return []
+        try:
+            return [name for names in self.hooks.catalogue() for name in names]
+        except Failure as error:
+            self.fail(error)
+            return []
 
     def require_spec(self, spec: object, source: str) -> None:
         if not isinstance(spec, BackboneSpec):

@@ -16,5 +16,10 @@ def register_backbones() -> Iterable[BackboneSpec]:
 
 
 @hookspec
+def catalogue() -> Iterable[str]:
+    """Return the bare names that `find_backbone` knows, for `backbones list "NAMESPACE/*"`."""
+
+
+@hookspec
 def find_backbone(name: str) -> BackboneSpec | None:
     """Return a spec for a bare name that no plugin lists, or None; for catalogues too large to list."""

@@ -32,7 +32,7 @@ class PluginInfo:
         distribution, version: what was installed; empty for `register`ed specs.
         module: what the entry point names.
         status: `ok`; `blocked` by the environment; `incompatible`, see `BACKBONES_API`; `broken`, see `error`.
-        backbones: how many it lists.
+        backbones: how many it lists or has in its catalogue.
         error, traceback: what went wrong; empty if nothing did.
     """
 
@@ -53,8 +53,9 @@ def list_backbones(pattern: str = "*", plugin: str | None = None) -> list[str]:
     """Names of the backbones that are installed, in natural order; imports no model.
 
     Args:
-        pattern: shell-style, matched against the bare name and the canonical id.
-        plugin: only those of this namespace or distribution.
+        pattern: shell-style, matched against the bare name and the canonical id. Catalogues too large to list,
+            such as `timm/*`, are searched where the pattern has their namespace.
+        plugin: only those of this namespace or distribution, its catalogue included.
 
     Returns:
         Bare names, and canonical ids (`namespace/name`) where the bare name means another backbone or several.
@@ -74,6 +75,11 @@ def list_backbones(pattern: str = "*", plugin: str | None = None) -> list[str]:
         for spec in owner.specs.values()
         if fnmatchcase(spec.name, pattern) or fnmatchcase(owner.canonical(spec), pattern)
     ]
+    namespace = "*" if plugin is not None else pattern.partition("/")[0] if "/" in pattern else ""
+    for owner in plugins:
+        if fnmatchcase(owner.namespace, namespace):
+            found = (f"{owner.namespace}/{name}" for name in owner.catalogue() if name not in owner.specs)
+            names += [name for name in found if fnmatchcase(name, pattern)]
     return sorted(names, key=lambda name: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", name)])
 
 
@@ -190,14 +196,16 @@ def _unknown(name: str) -> UnknownBackbone:
     """The error, with the nearest names and the plugins that failed and might have had it."""
     plugins = _plugins()
     names = {n: spec for p in plugins for n, spec in p.names.items()}
-    near = difflib.get_close_matches(name.lower(), [*names, *(f"{p.namespace}/{n}" for p in plugins for n in p.names)])
+    namespace = name.partition("/")[0] if "/" in name else ""
+    known = [*names, *(f"{p.namespace}/{n}" for p in plugins for n in p.names)]
+    known += [f"{p.namespace}/{n}" for p in plugins if p.namespace == namespace for n in p.catalogue()]
+    near = difflib.get_close_matches(name.lower(), known)
     message = f"there is no backbone {name!r}"
     model, _, tag = name.partition(".")
     if model in names and tag in [row.tag for row in names[model].weights]:  # timm writes both in one name
         message += f"; weights are an option of their own: build_backbone({model!r}, pretrained={tag!r})."
     else:
         message += f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
-    namespace = name.partition("/")[0] if "/" in name else ""
     if namespace and namespace not in [p.namespace for p in plugins]:
         message += f" No plugin has the namespace {namespace!r}."
     failed = [p for p in plugins if p.errors and namespace in ("", p.namespace)]
@@ -209,6 +217,7 @@ def _unknown(name: str) -> UnknownBackbone:
 
 
 def _plugin_info(plugin: Plugin) -> PluginInfo:
+    count = len({*plugin.specs, *plugin.catalogue()})
     errors = list(plugin.errors)
     for spec in plugin.specs.values() if plugin is not _local else ():
         try:
@@ -221,7 +230,7 @@ def _plugin_info(plugin: Plugin) -> PluginInfo:
         version=plugin.version,
         module=plugin.module,
         status="broken" if errors and plugin.status == "ok" else plugin.status,
-        backbones=len(plugin.specs),
+        backbones=count,
         error="\n".join(map(describe, errors)),
         traceback="\n".join("".join(traceback.format_exception(error)) for error in errors),
     )

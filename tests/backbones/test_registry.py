@@ -40,6 +40,7 @@ FAULTS = {
     "no_api": ("incompatible", "states no API version; write `BACKBONES_API = 1`"),
     "no_hook": ("broken", "define register_backbones()"),
     "not_a_spec": ("broken", "register_backbones gave 'resnet50'; give a BackboneSpec"),
+    "raising_catalogue": ("broken", "RuntimeError: no catalogue today"),
     "raising_hook": ("broken", "RuntimeError: this hook raises"),
     "same_name_twice": ("broken", "two of its specs have the name 'twin'"),
     "wrong_api": ("incompatible", "is made for plugin API 99"),
@@ -175,7 +176,7 @@ def test_refresh_sees_what_was_installed_since(path_with, throwaway_site):
     path_with()
     assert not backbones.list_backbones("good/*")
     path_with(throwaway_site)  # calls refresh
-    assert backbones.list_backbones("good/*") == ["good/good_net"]
+    assert "good/good_net_wide_16" in backbones.list_backbones("good/*")
 
 
 # --- the environment ----------------------------------------------------------------------------------------
@@ -230,6 +231,22 @@ def test_two_third_parties_with_one_name_are_ambiguous_when_used(throwaway, name
     with pytest.raises(AmbiguousBackbone, match=r"'good/good_net' \(from throwaway-good\) or 'rival/good_net"):
         backbones.build_backbone(name)
     assert backbones.backbone_info(f"good/{name}").canonical_name == "good/good_net"
+
+
+def test_a_catalogue_is_searched_where_its_namespace_is_named(throwaway):
+    assert not [name for name in backbones.list_backbones() if "wide" in name]
+    assert not backbones.list_backbones("good_net_wide*")
+    wide = ["good/good_net_wide_16", "good/good_net_wide_32"]
+    assert backbones.list_backbones("good/*wide*") == backbones.list_backbones("*/good_net_wide*") == wide
+    assert backbones.list_backbones("*", plugin="good") == ["good/good_net", *wide]
+    assert next(p.backbones for p in backbones.plugins() if p.namespace == "good") == 3
+    with pytest.raises(UnknownBackbone, match="did you mean 'good/good_net_wide_32'"):
+        backbones.build_backbone("good/good_net_wide32")
+
+
+def test_a_plugin_with_a_raising_catalogue_keeps_what_it_lists(throwaway):
+    assert backbones.list_backbones("raising_catalogue/*") == ["shelved_net"]
+    assert backbones.backbone_info("shelved_net").plugin == "raising_catalogue"
 
 
 def test_a_catalogue_finds_what_it_does_not_list(throwaway):

@@ -25,6 +25,11 @@ def register_backbones():
 
 
 @hookimpl
+def catalogue():
+    return ["good_net", "good_net_wide_16", "good_net_wide_32"]
+
+
+@hookimpl
 def find_backbone(name):
     prefix, _, width = name.rpartition("_")
     return _spec(name, (int(width), 2 * int(width))) if prefix == "good_net_wide" else None
