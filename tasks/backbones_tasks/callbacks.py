@@ -14,7 +14,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from .pictures import save_curves, save_predictions
+from .pictures import save_curves
 
 PICTURED = 6  # validation images in predictions.png
 
@@ -39,11 +39,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, map_location, weights_only=True)
 
 
-def checkpoints(run: Path) -> list[ModelCheckpoint]:
-    """Keep the best by mIoU and the last; the last is written second, and so knows of the best."""
+def checkpoints(run: Path, metric: str) -> list[ModelCheckpoint]:
+    """Keep the best by a metric and the last; the last is written second, and so knows of the best."""
     common = {"dirpath": run / "checkpoints", "save_on_train_epoch_end": True, "enable_version_counter": False}
     return [
-        ModelCheckpoint(filename="best", monitor="mIoU", mode="max", **common),
+        ModelCheckpoint(filename="best", monitor=metric, mode="max", **common),
         ModelCheckpoint(filename="last", **common),
     ]
 
@@ -68,33 +68,25 @@ class EpochLog(Callback):
         row = {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
-            **{name: values.get(name, "") for name in ("train_loss", "val_loss", "mIoU", "pixel_acc")},
-            **{name: value for name, value in values.items() if name.startswith("IoU_")},
+            **{name: values.get(name, "") for name in ("train_loss", "val_loss", *pl_module.scores)},
+            **values,
             "lr": max(group["lr"] for group in trainer.optimizers[0].param_groups),
             "seconds": round(time.perf_counter() - self.started, 2),
             "peak_memory_mb": round(peak_memory_mb()),
         }
         rows = [old for old in read_metrics(self.file) if int(old["epoch"]) < trainer.current_epoch]
         _write_csv(self.file, [*rows, row])
-        save_curves(self.curves, self.file)
+        save_curves(self.curves, self.file, pl_module.scores)
         end = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
         epoch = f"epoch {trainer.current_epoch + 1:>3}{end}"
-        scores = "".join(
-            f"  {label} {row[name]:.3f}"
-            for label, name in (
-                ("loss", "train_loss"),
-                ("val loss", "val_loss"),
-                ("mIoU", "mIoU"),
-                ("pixel acc", "pixel_acc"),
-            )
-            if row[name] != ""
-        )
+        labels = {"loss": "train_loss", "val loss": "val_loss"} | {s.replace("_", " "): s for s in pl_module.scores}
+        scores = "".join(f"  {label} {row[name]:.3f}" for label, name in labels.items() if row[name] != "")
         _say(trainer, f"{epoch}{scores}  {row['seconds']:.1f} s")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
             run = shlex.quote(str(self.file.parent))
-            print(f"\nstopped; go on with: backbones fit segmentation --out {run} --ckpt_path last")
+            print(f"\nstopped; go on with: backbones fit {pl_module.name} --out {run} --ckpt_path last")
 
 
 class PredictionPicture(Callback):
@@ -104,22 +96,15 @@ class PredictionPicture(Callback):
         self.file = run / "predictions.png"
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        score, best = trainer.callback_metrics.get("mIoU"), trainer.checkpoint_callback.best_model_score
+        score, best = trainer.callback_metrics.get(pl_module.metric), trainer.checkpoint_callback.best_model_score
         if not trainer.is_global_zero or score is None or (best is not None and score <= best):
             return
         dataset = trainer.datamodule.datasets["val"]
         chosen = torch.linspace(0, len(dataset) - 1, min(PICTURED, len(dataset))).long().tolist()
-        images, truths, predictions = [], [], []
         pl_module.eval()
         with torch.inference_mode(), trainer.precision_plugin.forward_context():
-            for image, mask in (dataset[i] for i in chosen):
-                predictions.append(pl_module(image[None].to(pl_module.device)).argmax(1)[0].cpu().numpy())
-                images.append((image * 255).byte().permute(1, 2, 0).numpy())
-                truths.append(mask.numpy())
+            pl_module.save_picture(self.file, [dataset[i] for i in chosen])
         pl_module.train()
-        save_predictions(
-            self.file, images, truths, predictions, pl_module.class_names, pl_module.hparams["ignore_index"]
-        )
 
 
 class Progress(TQDMProgressBar):

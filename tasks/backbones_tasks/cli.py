@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from backbones.errors import InputError, MissingDependency
 
-TASKS = ("segmentation",)
+TASKS = {"segmentation": "backbones_tasks.segmentation:SegmentationTask"}
 
 
 def fit(argv: Sequence[str]) -> int:
@@ -51,4 +51,4 @@ def _run(command: str, argv: Sequence[str]) -> int:
         return run(argv)
     from .training import run_training
 
-    return run_training(command, argv[1:])
+    return run_training(command, argv[0], argv[1:])

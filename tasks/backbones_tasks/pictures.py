@@ -81,8 +81,14 @@ def save_predictions(
     figure.savefig(path, dpi=120)
 
 
-def save_curves(path: str | Path, metrics_csv: str | Path) -> None:
-    """Losses and mIoU over the epochs of a run's metrics.csv, as a PNG."""
+def save_curves(path: str | Path, metrics_csv: str | Path, scores: Sequence[str]) -> None:
+    """Losses and scores over the epochs of a run's metrics.csv, as a PNG.
+
+    Args:
+        path: of the PNG.
+        metrics_csv: of the run; cells may be empty.
+        scores: columns with values from 0 to 1.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -90,7 +96,7 @@ def save_curves(path: str | Path, metrics_csv: str | Path) -> None:
         rows = list(csv.DictReader(file))
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     axes = figure.subplots(1, 2)
-    for axis, columns in zip(axes, (("train_loss", "val_loss"), ("mIoU", "pixel_acc")), strict=True):
+    for axis, columns in zip(axes, (("train_loss", "val_loss"), scores), strict=True):
         for column in columns:
             points = [(int(row["epoch"]) + 1, float(row[column])) for row in rows if row.get(column)]
             if points:

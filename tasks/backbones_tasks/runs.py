@@ -64,15 +64,18 @@ def _next(task: str) -> Path:
             return folder
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a run's checkpoint.
+def read_checkpoint(path: Path, task: str) -> dict[str, Any]:
+    """The content of a checkpoint of a run of this task.
 
     Raises:
         WeightsError: it is missing, truncated, or no checkpoint of a run
+        InputError: it is of another task
     """
     if not path.is_file():
         raise WeightsError(f"{path}: no such checkpoint; a run keeps them in its folder checkpoints/")
     content = weights.read_checkpoint(path)
     if not {"state_dict", "hyper_parameters"} <= content.keys():
         raise WeightsError(f"{path} is no checkpoint of `backbones fit`")
+    if content.get("task") != task:
+        raise InputError(f"{path} is a checkpoint of {content.get('task')}, not of {task}")
     return content

@@ -1,9 +1,7 @@
 """Segmentation models: any backbone under any decoder of segmentation-models-pytorch."""
 
-import difflib
 import inspect
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,8 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models.segmentation.fcn import FCNHead
 
-from backbones import build_backbone
 from backbones.errors import InputError
+
+from .models import BackboneLike, HoldsBackbone, make_backbone, nearest
 
 ARCHITECTURES = (
     "upernet",
@@ -29,7 +28,7 @@ _OURS = {"encoder_name", "encoder_weights", "in_channels", "classes", "activatio
 def build_segmenter(
     architecture: str = "upernet",
     *,
-    backbone: str | Mapping[str, Any] | nn.Module,
+    backbone: BackboneLike,
     num_classes: int,
     aux: bool = False,
     **decoder_options: Any,
@@ -58,10 +57,10 @@ def build_segmenter(
     known = {k: v for k, v in known.items() if k not in _OURS and v is not inspect.Parameter.empty}
     for option in decoder_options:
         if option not in known:
-            raise InputError(f"{architecture} has no option {option!r}; {_nearest(option, known)}")
+            raise InputError(f"{architecture} has no option {option!r}; {nearest(option, known)}")
 
     depth = decoder_options.get("encoder_depth", known["encoder_depth"])
-    backbone = _build_backbone(backbone, depth, architecture)
+    backbone = make_backbone(backbone, architecture, out_indices=tuple(range(depth - 1)))
     channels = list(backbone.feature_info.channels())
     if len(channels) < depth - 1 or len(channels) > 5:
         raise InputError(
@@ -89,7 +88,7 @@ def build_segmenter(
     )
 
 
-class Segmenter(nn.Module):
+class Segmenter(HoldsBackbone, nn.Module):
     """A backbone, a decoder of segmentation-models-pytorch and its head; see `build_segmenter`.
 
     Args:
@@ -135,19 +134,6 @@ class Segmenter(nn.Module):
         aux = _resize(self.aux_head(pyramid[4]), padded.shape[-2:])[..., :height, :width]
         return logits, aux
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """The backbone's layers, in timm's convention; decoder and heads come after them."""
-        if not hasattr(self.backbone, "group_matcher"):
-            return {"backbone": r"^backbone\."}
-        matcher = self.backbone.group_matcher(coarse=coarse)
-        return {name: _prefixed(pattern) for name, pattern in matcher.items()}
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that must not decay, beside norms and biases."""
-        if not hasattr(self.backbone, "no_weight_decay"):
-            return set()
-        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
-
     def _pad(self, images: torch.Tensor) -> torch.Tensor:
         height, width = images.shape[-2:]
         right, bottom = (max(-(-n // self.divisor) * self.divisor, self.min_size) - n for n in (width, height))
@@ -191,43 +177,11 @@ def find_architecture(architecture: str) -> type[nn.Module]:
     if architecture == "smp/dpt":
         raise InputError("smp/dpt reads tokens and a class token from inside a ViT, which feature maps do not carry")
     if architecture not in ARCHITECTURES:
-        raise InputError(f"unknown architecture {architecture!r}; {_nearest(architecture, ARCHITECTURES)}")
+        raise InputError(f"unknown architecture {architecture!r}; {nearest(architecture, ARCHITECTURES)}")
     return smp.MODEL_ARCHITECTURES_MAPPING[architecture.removeprefix("smp/")]
-
-
-def _build_backbone(backbone: str | Mapping[str, Any] | nn.Module, depth: int, architecture: str) -> nn.Module:
-    if isinstance(backbone, nn.Module):
-        if not hasattr(backbone, "feature_info"):
-            raise InputError(
-                f"{type(backbone).__name__} has no feature_info to tell its channels; backbones.wrap(module, "
-                "channels=..., strides=...) gives it one"
-            )
-        return backbone
-    options = {"name": backbone} if isinstance(backbone, str) else dict(backbone)
-    if "name" not in options:
-        raise InputError(f'{architecture}: the backbone options {sorted(options)} lack "name"')
-    options.setdefault("out_indices", tuple(range(depth - 1)))
-    return build_backbone(options.pop("name"), **options)
-
-
-def _prefixed(pattern: Any) -> Any:
-    """A matcher for names that begin with `backbone.`, from one for names without it."""
-    if pattern is None:
-        return None
-    if not isinstance(pattern, str):
-        return [(_prefixed(regex), suffix) for regex, suffix in pattern]
-    # timm anchors by re.match; the ^ of each alternative would not match after the prefix
-    unanchored = re.sub(r"(^|[|(:])\^", r"\1", pattern)
-    return rf"^backbone\.(?:{unanchored})"
 
 
 def _resize(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     if tuple(x.shape[-2:]) == tuple(size) or x.shape[1] == 0:
         return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
-
-
-def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}There are {', '.join(known)}"

@@ -1,34 +1,30 @@
-"""Training of segmenters: loss, metrics, optimizer and schedule, under pytorch-lightning."""
+"""What every task shares: its model, optimizer, schedule, seeds and scores, under pytorch-lightning."""
 
-from typing import Any, Literal
+import argparse
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
-from pytorch_lightning import LightningModule
-from segmentation_models_pytorch.losses import DiceLoss
+from PIL import Image
+from pytorch_lightning import LightningDataModule, LightningModule
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler
-from torch.nn import functional as F
-from torchmetrics.classification import MulticlassConfusionMatrix
+from torch import Tensor, nn
 
+from backbones import backbone_info
 from backbones.errors import InputError
 
+from .cli import TASKS
 from .data import mix
-from .segmenter import build_segmenter
-
-AUX_WEIGHT = 0.4  # as in PSPNet and in mmsegmentation's UPerNet
 
 
-class SegmentationTask(LightningModule):
-    """A segmenter and all that its training needs.
-
-    Called with images (B, 3, H, W) in [0, 1] of any size, it returns logits (B, num_classes, H, W).
+class Task(LightningModule):
+    """A model and all that its training needs; one subclass for each of `cli.TASKS`.
 
     Args:
-        backbone: a name, or a dict of `build_backbone` options that includes "name"
-        decoder: "upernet" or "smp/NAME"
-        decoder_options: options of the decoder, such as `decoder_channels`; 64 of these in UPerNet where none are given
-        aux: train a fully convolutional head on the stride-16 map as well
-        dice: weight of a Dice loss beside the cross-entropy
         lr: learning rate of the last layers, after warm-up
         weight_decay: of AdamW; norms and biases have none
         layer_decay: factor to the learning rate per layer towards the input; 1 is off, 0.65 to 0.9 suits fine-tuning
@@ -37,17 +33,30 @@ class SegmentationTask(LightningModule):
         warmup: share of all steps in which the learning rate rises linearly
         num_classes: number of classes
         class_names: their names
-        ignore_index: value of pixels that neither train nor count
         seed: decides drop path and dropout, step by step, so that a resumed run equals an uninterrupted one
     """
 
+    #: What the user calls it.
+    name: ClassVar[str]
+    #: Where its images come from.
+    data_class: ClassVar[type[LightningDataModule]]
+    #: Options that the data decide.
+    linked: ClassVar[tuple[str, ...]] = ("num_classes", "class_names")
+    #: What the best checkpoint has most of.
+    metric: ClassVar[str]
+    #: Scores from 0 to 1 to be shown after each epoch, the metric among them.
+    scores: ClassVar[tuple[str, ...]]
+    #: How many epochs, unless told.
+    epochs: ClassVar[int]
+    #: What prediction does to images, and what it writes.
+    predicts: ClassVar[str]
+
+    #: What is trained; its `backbone` is the backbone.
+    model: nn.Module
+
     def __init__(
         self,
-        backbone: str | dict[str, Any] = "pvt_v2_b0",
-        decoder: str = "upernet",
-        decoder_options: dict[str, Any] | None = None,
-        aux: bool = False,
-        dice: float = 0.0,
+        *,
         lr: float = 1e-3,
         weight_decay: float = 0.05,
         layer_decay: float = 1.0,
@@ -56,25 +65,11 @@ class SegmentationTask(LightningModule):
         warmup: float = 0.1,
         num_classes: int = 2,
         class_names: list[str] | None = None,
-        ignore_index: int = 255,
         seed: int = 0,
     ):
         super().__init__()
-        if decoder_options is None:
-            decoder_options = {"decoder_channels": 64} if decoder == "upernet" else {}
-        self.segmenter = build_segmenter(
-            decoder, backbone=backbone, num_classes=num_classes, aux=aux, **decoder_options
-        )
-        # What a checkpoint carries: plain values, the backbone's full name, and no need for the weights it began with.
-        options = {"name": backbone} if isinstance(backbone, str) else dict(backbone)
-        options = {k: v for k, v in options.items() if k != "pretrained"}
         self.save_hyperparameters(
             {
-                "backbone": {**options, "name": self.segmenter.backbone.canonical_name},
-                "decoder": decoder,
-                "decoder_options": decoder_options,
-                "aux": aux,
-                "dice": dice,
                 "lr": lr,
                 "weight_decay": weight_decay,
                 "layer_decay": layer_decay,
@@ -83,67 +78,77 @@ class SegmentationTask(LightningModule):
                 "warmup": warmup,
                 "num_classes": num_classes,
                 "class_names": class_names or [f"class {i}" for i in range(num_classes)],
-                "ignore_index": ignore_index,
                 "seed": seed,
             },
             logger=False,
         )
-        config = self.segmenter.backbone.pretrained_cfg
-        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(config["std"]).view(1, -1, 1, 1))
-        self.dice_loss = DiceLoss("multiclass", from_logits=True, ignore_index=ignore_index) if dice else None
-        self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=ignore_index, validate_args=False)
+
+    # What a task says
+
+    @classmethod
+    def check_options(cls, options: Any) -> None:
+        """Raise InputError for options that cannot work, as far as that is known without building anything."""
+        backbone = options.backbone
+        name = backbone if isinstance(backbone, str) else backbone.get("name")
+        if name is None:
+            raise InputError(f'model.backbone: the options {sorted(backbone)} lack "name"')
+        backbone_info(name)  # an unknown name is refused here, with the nearest one
+
+    def describe(self) -> str:
+        """What is trained, in a few words."""
+        raise NotImplementedError
+
+    def save_picture(self, file: Path, samples: Sequence[Any]) -> None:
+        """Write a picture of the validation data set's samples beside their truth and the prediction."""
+        raise NotImplementedError
+
+    @classmethod
+    def add_predict_options(cls, parser: argparse.ArgumentParser) -> None:
+        """Options of `backbones predict` that only this task has."""
+
+    def predict_image(
+        self, image: np.ndarray, options: argparse.Namespace
+    ) -> tuple[dict[str, Image.Image], dict[str, Any] | None]:
+        """What to write for an image (H, W, 3) uint8: a picture per folder, and an entry of results.json, if any."""
+        raise NotImplementedError
+
+    # What subclasses use
+
+    def remember(self, backbone: str | Mapping[str, Any], **options: Any) -> None:
+        """Put into checkpoints what `model` was built of.
+
+        They carry plain values, the backbone's full name, and no need for the weights it began with.
+        """
+        built = {"name": backbone} if isinstance(backbone, str) else dict(backbone)
+        built = {k: v for k, v in built.items() if k != "pretrained"}
+        name = self.model.backbone.canonical_name
+        self.save_hyperparameters({"backbone": {**built, "name": name}, **options}, logger=False)
+
+    def log_loss(self, name: str, loss: Tensor, batch_size: int) -> None:
+        """The mean of a loss over the epoch."""
+        bar = name == "train_loss"
+        self.log(name, loss, on_step=False, on_epoch=True, prog_bar=bar, batch_size=batch_size, sync_dist=True)
+
+    def log_scores(self, scores: Mapping[str, Any]) -> None:
+        """Scores of the whole epoch, the same on every process."""
+        for name, value in scores.items():
+            self.log(name, value, prog_bar=name == self.metric, sync_dist=True)
+
+    # Lightning
 
     @property
     def class_names(self) -> list[str]:
         return self.hparams["class_names"]
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.segmenter((images - self.mean) / self.std)
-
-    def loss(self, logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy over the pixels that count, plus the weighted Dice loss; zero where no pixel counts."""
-        ignore_index = self.hparams["ignore_index"]
-        count = (masks != ignore_index).sum().clamp(min=1)
-        loss = F.cross_entropy(logits, masks, ignore_index=ignore_index, reduction="sum") / count
-        if self.dice_loss is not None:
-            loss = loss + self.hparams["dice"] * self.dice_loss(logits, masks)
-        return loss
-
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # drop path and dropout draw from here on: the same in a resumed run as in an uninterrupted one
         torch.manual_seed(mix(self.hparams["seed"], self.current_epoch, batch_idx, self.global_rank))
-
-    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        images, masks = batch
-        logits = self(images)
-        if self.hparams["aux"]:
-            logits, aux = logits
-            loss = self.loss(logits, masks) + AUX_WEIGHT * self.loss(aux, masks)
-        else:
-            loss = self.loss(logits, masks)
-        self.log(
-            "train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images), sync_dist=True
-        )
-        return loss
-
-    def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, "val_loss")
-
-    def test_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, "test_loss")
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_metrics()
-
-    def on_test_epoch_end(self) -> None:
-        self._log_metrics()
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW with a learning rate per layer, and a schedule per step, both timm's."""
         options = self.hparams
         optimizer = create_optimizer_v2(
-            self.segmenter,
+            self.model,
             opt="adamw",
             lr=options["lr"],
             weight_decay=options["weight_decay"],
@@ -170,22 +175,32 @@ class SegmentationTask(LightningModule):
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step_update(self.global_step)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["task"] = self.name
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # The schedule is a function of the step alone; restoring its state would undo a changed --trainer.max_epochs.
         checkpoint["lr_schedulers"] = []
 
-    def _evaluate(self, batch: tuple[torch.Tensor, torch.Tensor], name: str) -> None:
-        images, masks = batch
-        logits = self(images)
-        self.confusion.update(logits.argmax(1), masks)
-        self.log(name, self.loss(logits, masks), batch_size=len(images), sync_dist=True)
 
-    def _log_metrics(self) -> None:
-        matrix = self.confusion.compute().double()  # rows are the truth
-        self.confusion.reset()
-        hits = matrix.diag()
-        union = matrix.sum(0) + matrix.sum(1) - hits
-        iou = hits / union  # nan for a class that is neither there nor predicted; it does not count
-        self.log("mIoU", iou.nanmean().nan_to_num(), prog_bar=True, sync_dist=True)
-        self.log("pixel_acc", hits.sum() / matrix.sum().clamp(min=1), sync_dist=True)
-        self.log_dict({f"IoU_{name}": value for name, value in zip(self.class_names, iou, strict=True)}, sync_dist=True)
+class Normalise(nn.Module):
+    """Images in [0, 1] to what a backbone's weights were trained on.
+
+    Args:
+        backbone: its `pretrained_cfg` has mean and std per channel.
+    """
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        for name in ("mean", "std"):
+            value = torch.tensor(backbone.pretrained_cfg[name]).view(1, -1, 1, 1)
+            self.register_buffer(name, value, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+
+def find_task(name: str) -> type[Task]:
+    """The class of a task of `cli.TASKS`."""
+    module, _, attribute = TASKS[name].partition(":")
+    return getattr(import_module(module), attribute)

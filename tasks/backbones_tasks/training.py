@@ -1,4 +1,4 @@
-"""`backbones fit | validate | test segmentation`: Lightning's command line, run folders, resuming."""
+"""`backbones fit | validate | test TASK`: Lightning's command line, run folders, resuming."""
 
 import argparse
 import difflib
@@ -11,32 +11,26 @@ from typing import Any
 
 import jsonargparse
 import torch
-from pytorch_lightning import Trainer
+from pytorch_lightning import LightningDataModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from backbones.errors import InputError
-from backbones.registry import backbone_info
 
 from .callbacks import AtomicCheckpointIO, EpochLog, PredictionPicture, Progress, checkpoints, quiet, read_metrics
-from .data import SegmentationData
 from .runs import is_run, new_run, newest_run, read_checkpoint
-from .segmenter import find_architecture
-from .task import SegmentationTask
+from .task import Task, find_task
 
-TASK = "segmentation"
-# Parts of the model that the data decide, and the seed.
-LINKED = ("num_classes", "class_names", "ignore_index", "seed")
 SHORTHANDS = {"--backbone": "--model.backbone", "--data": "--data.root"}
 EPILOG = (
     "shorthands: --backbone NAME (or '{name: NAME, option: value}') is --model.backbone, --data DIR is --data.root. "
-    "--out DIR is the run folder, by default the next of runs/segmentation-001, -002, ... "
+    "--out DIR is the run folder, by default the next of runs/TASK-001, -002, ... "
     "--ckpt_path last (or best, or a file) goes on with a run: the newest, or the one in --out."
 )
 
 
-def run_training(command: str, argv: Sequence[str]) -> int:
-    """Run fit, validate or test; returns the exit code.
+def run_training(command: str, name: str, argv: Sequence[str]) -> int:
+    """Run fit, validate or test for a task; returns the exit code.
 
     Raises:
         InputError: a key, a backbone, a folder or data that cannot be used; all but faulty data are refused before
@@ -44,14 +38,15 @@ def run_training(command: str, argv: Sequence[str]) -> int:
     """
     quiet()
     own, rest = _own_options(argv)
-    return _fit(own, rest) if command == "fit" else _evaluate(command, own, rest)
+    task = find_task(name)
+    return _fit(task, own, rest) if command == "fit" else _evaluate(command, task, own, rest)
 
 
-def _fit(own: argparse.Namespace, argv: list[str]) -> int:
-    run, checkpoint = _find_run(own)
+def _fit(task: type[Task], own: argparse.Namespace, argv: list[str]) -> int:
+    run, checkpoint = _find_run(task.name, own)
     if run is not None and (run / "config.yaml").is_file() and not own.has_config:
         argv = ["--config", str(run / "config.yaml"), *argv]
-    cli = CommandLine("fit", argv, lambda: run or new_run(TASK, own.out))
+    cli = CommandLine("fit", task, argv, lambda: run or new_run(task.name, own.out))
     run, trainer = cli.run_folder, cli.trainer
     if trainer.is_global_zero:
         write_config(cli, run / "config.yaml")
@@ -62,22 +57,22 @@ def _fit(own: argparse.Namespace, argv: list[str]) -> int:
             )
     trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
     if trainer.is_global_zero and not trainer.fast_dev_run:
-        report(run, cli.datamodule)
+        report(run, cli.model, cli.datamodule)
     return 0
 
 
-def _evaluate(command: str, own: argparse.Namespace, argv: list[str]) -> int:
+def _evaluate(command: str, task: type[Task], own: argparse.Namespace, argv: list[str]) -> int:
     if own.ckpt_path is None:
         raise InputError(f"backbones {command} needs --ckpt_path: best, last, or a checkpoint file")
     checkpoint = Path(own.ckpt_path)
     if own.ckpt_path in ("best", "last"):
-        checkpoint = (Path(own.out) if own.out else newest_run(TASK)) / "checkpoints" / f"{own.ckpt_path}.ckpt"
+        checkpoint = (Path(own.out) if own.out else newest_run(task.name)) / "checkpoints" / f"{own.ckpt_path}.ckpt"
     # the checkpoint says what the model is; the config of its run, where there is one, what the data were
-    trained = read_checkpoint(checkpoint)["hyper_parameters"]
-    model = {name: value for name, value in trained.items() if name not in LINKED}
+    trained = read_checkpoint(checkpoint, task.name)["hyper_parameters"]
+    model = {name: value for name, value in trained.items() if name not in (*task.linked, "seed")}
     config = checkpoint.parent.parent / "config.yaml"
     before = ["--config", str(config)] if config.is_file() and not own.has_config else []
-    cli = CommandLine(command, [*before, "--model", json.dumps(model), *argv])
+    cli = CommandLine(command, task, [*before, "--model", json.dumps(model), *argv])
     if cli.datamodule.class_names != trained["class_names"]:
         raise InputError(
             f"{checkpoint} was trained on the classes {', '.join(trained['class_names'])}, but the data have "
@@ -93,21 +88,23 @@ def _evaluate(command: str, own: argparse.Namespace, argv: list[str]) -> int:
 
 
 class CommandLine(LightningCLI):
-    """Lightning's command line for segmentation; it refuses what is wrong before it builds anything.
+    """Lightning's command line for a task; it refuses what is wrong before it builds anything.
 
     Args:
         command: fit, validate or test
+        task: class of the task
         argv: what follows the task's name
         claim_run: gives the run folder, once the arguments are known to be right; no run folder if None
     """
 
-    def __init__(self, command: str, argv: list[str], claim_run: Callable[[], Path] | None = None):
+    def __init__(self, command: str, task: type[Task], argv: list[str], claim_run: Callable[[], Path] | None = None):
+        self.task = task
         self.claim_run = claim_run
         self.run_folder: Path | None = None
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__init__(
-            SegmentationTask,
-            SegmentationData,
+            task,
+            task.data_class,
             args=argv,
             run=False,
             seed_everything_default=0,
@@ -115,14 +112,14 @@ class CommandLine(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             parser_kwargs={
-                "prog": f"backbones {command} {TASK}",
-                "description": f"{command} a segmentation model",
+                "prog": f"backbones {command} {task.name}",
+                "description": f"{command} a {task.name} model",
                 "epilog": EPILOG,
                 "exit_on_error": False,
                 "allow_abbrev": False,
             },
             trainer_defaults={
-                "max_epochs": 6,
+                "max_epochs": task.epochs,
                 "precision": "bf16-mixed" if bf16 else "32-true",
                 "gradient_clip_val": 1.0,
                 "num_sanity_val_steps": 0,
@@ -132,7 +129,7 @@ class CommandLine(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        for name in ("num_classes", "class_names", "ignore_index"):
+        for name in self.task.linked:
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
@@ -144,12 +141,7 @@ class CommandLine(LightningCLI):
             raise InputError(_explain(str(error), parser)) from error
 
     def before_instantiate_classes(self) -> None:
-        backbone = self.config.model.backbone
-        name = backbone if isinstance(backbone, str) else backbone.get("name")
-        if name is None:
-            raise InputError(f'model.backbone: the options {sorted(backbone)} lack "name"')
-        backbone_info(name)  # an unknown name is refused here, with the nearest one
-        find_architecture(self.config.model.decoder)
+        self.task.check_options(self.config.model)
 
     def instantiate_trainer(self, **options: Any) -> Trainer:
         if self.claim_run:
@@ -160,7 +152,7 @@ class CommandLine(LightningCLI):
         if run is None:
             options["logger"] = False
         elif not self.config.trainer.fast_dev_run:
-            callbacks += [EpochLog(run), PredictionPicture(run), *checkpoints(run)]
+            callbacks += [EpochLog(run), PredictionPicture(run), *checkpoints(run, self.task.metric)]
             if self.config.trainer.logger is None:
                 options["logger"] = TensorBoardLogger(run, name="", version="tensorboard")
             options["default_root_dir"] = str(run)
@@ -169,11 +161,10 @@ class CommandLine(LightningCLI):
 
     def describe(self) -> str:
         """One line on what is trained on what."""
-        parameters = sum(p.numel() for p in self.model.segmenter.parameters()) / 1e6
-        options = self.model.hparams
+        parameters = sum(p.numel() for p in self.model.model.parameters()) / 1e6
         data = self.datamodule.root or "shapes drawn on the fly"
         return (
-            f"{options['decoder']} on {options['backbone']['name']}, {parameters:.1f} M parameters; "
+            f"{self.model.describe()}, {parameters:.1f} M parameters; "
             f"{self.datamodule.num_classes} classes from {data}; {self.trainer.accelerator.name()}"
         )
 
@@ -184,17 +175,19 @@ def write_config(cli: CommandLine, file: Path) -> None:
     cli.parser.save(cli.config, file, skip_none=False, overwrite=True)
 
 
-def report(run: Path, data: SegmentationData) -> None:
+def report(run: Path, task: Task, data: LightningDataModule) -> None:
     """Say in plain words what came out, where it is, and what to type next."""
-    rows = [row for row in read_metrics(run / "metrics.csv") if row["mIoU"]]
+    rows = [row for row in read_metrics(run / "metrics.csv") if row[task.metric]]
     if rows:
-        best = max(rows, key=lambda row: float(row["mIoU"]))
-        print(f"\nbest mIoU on unseen images: {float(best['mIoU']):.3f} (epoch {int(best['epoch']) + 1})")
-    print(f"pictures: {run / 'predictions.png'} (image, truth, prediction), {run / 'curves.png'}")
+        best = max(rows, key=lambda row: float(row[task.metric]))
+        print(f"\nbest {task.metric} on unseen images: {float(best[task.metric]):.3f} (epoch {int(best['epoch']) + 1})")
+    print(f"pictures: {run / 'predictions.png'} (truth and prediction), {run / 'curves.png'}")
     print(f"metrics, config, checkpoints: {run}")
-    images = data.root / "images" if data.root else "DIR"
+    images = "DIR"
+    if data.root:
+        images = data.root / "images" if (data.root / "images").is_dir() else data.root
     command = ["--ckpt", run / "checkpoints" / "best.ckpt", "--images", images, "--out", run / "labelled"]
-    print(f"label your own images: backbones predict {TASK} {shlex.join(map(str, command))}")
+    print(f"label your own images: backbones predict {task.name} {shlex.join(map(str, command))}")
 
 
 def _own_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -208,12 +201,12 @@ def _own_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return own, rest
 
 
-def _find_run(own: argparse.Namespace) -> tuple[Path | None, Path | None]:
+def _find_run(task: str, own: argparse.Namespace) -> tuple[Path | None, Path | None]:
     """The run folder and the checkpoint to go on with; None for a new one."""
     if own.ckpt_path is None:
         return None, None
     if own.ckpt_path in ("best", "last"):
-        run = Path(own.out) if own.out else newest_run(TASK)
+        run = Path(own.out) if own.out else newest_run(task)
         if not is_run(run):
             raise InputError(f"{run} holds no run to go on with")
         checkpoint = run / "checkpoints" / f"{own.ckpt_path}.ckpt"
@@ -224,7 +217,7 @@ def _find_run(own: argparse.Namespace) -> tuple[Path | None, Path | None]:
         run = checkpoint.parent.parent
         if not is_run(run) or (own.out is not None and Path(own.out).resolve() != run.resolve()):
             run = None  # a new run that begins with the state of another
-    read_checkpoint(checkpoint)
+    read_checkpoint(checkpoint, task)
     return run, checkpoint
 
 

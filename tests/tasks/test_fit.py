@@ -19,7 +19,7 @@ from PIL import Image
 from backbones.cli import main
 from backbones_tasks.callbacks import AtomicCheckpointIO
 from backbones_tasks.prediction import load_task
-from backbones_tasks.task import SegmentationTask
+from backbones_tasks.segmentation import SegmentationTask
 from backbones_tasks.training import CommandLine
 
 SMALL = [
@@ -148,7 +148,7 @@ def test_a_run_that_broke_off_goes_on_exactly(trained, workplace, monkeypatch):
 
 
 def test_drop_path_is_at_work(trained):
-    task = load_task(trained / "checkpoints" / "best.ckpt").train()
+    task = load_task(trained / "checkpoints" / "best.ckpt", "segmentation").train()
     images = torch.rand(8, 3, 32, 32)
     assert not task(images)[0].equal(task(images)[0])
 
@@ -220,7 +220,7 @@ def test_odd_images_are_labelled_and_unreadable_ones_named(trained, workplace, c
 
 
 def test_windows_and_whole_images_agree_with_the_model(trained, workplace):
-    task = load_task(trained / "checkpoints" / "best.ckpt")
+    task = load_task(trained / "checkpoints" / "best.ckpt", "segmentation")
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     Image.fromarray(pixels).save("a.png")
     arguments = ["--ckpt", str(trained / "checkpoints" / "best.ckpt"), "--images", "a.png", "--out", "out"]
@@ -296,11 +296,10 @@ def test_scores_are_those_of_the_formula():
     task = SegmentationTask(num_classes=3, decoder_options={"decoder_channels": 8})
     logged = {}
     task.log = lambda name, value, **options: logged.update({name: float(value)})
-    task.log_dict = lambda values, **options: logged.update({name: float(value) for name, value in values.items()})
     truth = torch.tensor([[0, 0, 0, 1, 255]])
     prediction = torch.tensor([[0, 0, 1, 1, 2]])
     task.confusion.update(prediction, truth)
-    task._log_metrics()
+    task._log_scores()
     assert logged["IoU_class 0"] == pytest.approx(2 / 3)
     assert logged["IoU_class 1"] == pytest.approx(1 / 2)
     assert np.isnan(logged["IoU_class 2"])  # neither there nor predicted where pixels count
@@ -311,10 +310,10 @@ def test_scores_are_those_of_the_formula():
 def test_images_are_normalised_as_the_backbone_asks():
     task = SegmentationTask(num_classes=2, decoder_options={"decoder_channels": 8}).eval()
     seen = []
-    task.segmenter.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    task.model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
         task(torch.full((1, 3, 32, 32), 0.5))
-    config = task.segmenter.backbone.pretrained_cfg
+    config = task.model.backbone.pretrained_cfg
     expected = [(0.5 - mean) / std for mean, std in zip(config["mean"], config["std"], strict=True)]
     assert seen[0].mean((0, 2, 3)).tolist() == pytest.approx(expected, rel=1e-5)
 

@@ -6,7 +6,8 @@ import torch
 
 from backbones.errors import InputError, WeightsError
 from backbones_tasks.pictures import IGNORED, colourise, index_png, overlay, palette, save_curves, save_predictions
-from backbones_tasks.prediction import load_task, predict, slide
+from backbones_tasks.prediction import load_task, predict
+from backbones_tasks.sliding import slide
 
 
 def per_pixel(image):
@@ -61,7 +62,7 @@ def test_pictures_are_written(tmp_path):
     masks = [rng.integers(0, 3, (40, 60)) for _ in range(2)]
     save_predictions(tmp_path / "p.png", images, masks, masks[::-1], ["a", "b", "c"])
     (tmp_path / "m.csv").write_text("epoch,train_loss,val_loss,mIoU,pixel_acc\n0,1.5,1.4,0.3,0.6\n1,1.0,,,\n")
-    save_curves(tmp_path / "c.png", tmp_path / "m.csv")
+    save_curves(tmp_path / "c.png", tmp_path / "m.csv", ("mIoU", "pixel_acc"))
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("p.png", "c.png"))
 
 
@@ -76,10 +77,23 @@ def test_predict_names_what_is_missing(tmp_path):
         predict([*arguments, "--images", str(tmp_path)])
 
 
+def test_a_checkpoint_of_another_task_is_refused(tmp_path):
+    path = tmp_path / "detector.ckpt"
+    torch.save({"state_dict": {}, "hyper_parameters": {}, "task": "detection"}, path)
+    with pytest.raises(InputError, match=r"detector\.ckpt is a checkpoint of detection, not of segmentation"):
+        load_task(path, "segmentation")
+
+
+@pytest.mark.parametrize(("option", "value"), [("--window", "31"), ("--overlap", "1")])
+def test_windows_that_cannot_be_are_refused(tmp_path, capsys, option, value):
+    with pytest.raises(SystemExit):
+        predict(["segmentation", "--ckpt", "a.ckpt", "--images", "a.png", "--out", str(tmp_path), option, value])
+    assert f"{value} must be" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"text"])
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
     path = tmp_path / "broken.ckpt"
     path.write_bytes(content)
-    pytest.importorskip("backbones_tasks.task")
     with pytest.raises(WeightsError, match=r"broken\.ckpt .* cannot be read as a checkpoint"):
-        load_task(path)
+        load_task(path, "segmentation")

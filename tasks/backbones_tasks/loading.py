@@ -1,0 +1,133 @@
+"""What the data of every task share: order, seeds, batches and loaders."""
+
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from pytorch_lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .folders import DataError
+
+
+def mix(*numbers: int) -> int:
+    """One seed from several numbers; neighbours give unrelated seeds."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """(epoch, index) pairs in an order that the seed and the epoch alone decide, dealt out over the ranks.
+
+    Carrying the epoch to the data set makes augmentation a function of (seed, epoch, index): the same for any number
+    of workers, and the same after a resume.
+    """
+
+    def __init__(self, length: int, seed: int, rank: int = 0, world_size: int = 1):
+        self.length, self.seed, self.rank, self.world_size, self.epoch = length, seed, rank, world_size, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this as each epoch begins, after a resume too."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.length // self.world_size)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        order = np.resize(order, len(self) * self.world_size)  # repeats a few, so that all ranks get equally many
+        return ((self.epoch, int(i)) for i in order[self.rank :: self.world_size])
+
+
+class EqualSizeBatches(Sampler[list[int]]):
+    """Batches of indices whose images have one size, so that they can be validated whole; dealt out over the ranks."""
+
+    def __init__(self, sizes: Sequence[tuple[int, int]], batch_size: int, rank: int = 0, world_size: int = 1):
+        if len(sizes) < world_size:
+            raise DataError(f"{len(sizes)} images for {world_size} processes: give one per process, or use fewer")
+        batch_size = min(batch_size, len(sizes) // world_size)  # so that no process is without a batch
+        by_size: dict[tuple[int, int], list[int]] = {}
+        for index, size in enumerate(sizes):
+            by_size.setdefault(size, []).append(index)
+        batches = [same[i : i + batch_size] for same in by_size.values() for i in range(0, len(same), batch_size)]
+        self.batches = batches[rank::world_size]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+
+class DataModule(LightningDataModule):
+    """The data sets of a task by split, and their loaders, the same for any number of workers and processes.
+
+    A task's data derive from it, know `class_names` from the start, and say in `load` what the splits hold. A data
+    set says in `sizes` the (height, width) of each image as it hands them out for validation.
+
+    Args:
+        batch_size: images per step and device
+        num_workers: processes that prepare batches; by default one per core, but at most 8
+        seed: decides the order and the augmentation
+    """
+
+    def __init__(self, batch_size: int, num_workers: int | None, seed: int):
+        super().__init__()
+        self.batch_size, self.seed = batch_size, seed
+        self.num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
+        self.datasets: dict[str, Dataset] = {}
+
+    @property
+    def class_names(self) -> list[str]:
+        raise NotImplementedError
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def load(self, splits: list[str]) -> dict[str, Dataset]:
+        """The data sets of "train", "val" or "test", checked; `DataError` names the faulty files."""
+        raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        """Load the splits that a stage needs and that are not there yet.
+
+        The command line asks before Lightning does, so that faulty data start no run.
+        """
+        splits = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}[stage]
+        splits = [split for split in splits if split not in self.datasets]
+        if splits:
+            self.datasets |= self.load(splits)
+
+    def train_dataloader(self) -> DataLoader:
+        dataset = self.datasets["train"]
+        sampler = EpochSampler(len(dataset), self.seed, *self.rank())
+        # a last batch of one image would break batch norm, a smaller one would make the steps uneven
+        return self.loader(
+            dataset, batch_size=self.batch_size, sampler=sampler, drop_last=len(sampler) >= self.batch_size
+        )
+
+    def val_dataloader(self) -> DataLoader:
+        return self.whole_images("val")
+
+    def test_dataloader(self) -> DataLoader:
+        return self.whole_images("test")
+
+    def whole_images(self, split: str) -> DataLoader:
+        """Every image once, in batches of one size."""
+        dataset = self.datasets[split]
+        return self.loader(dataset, batch_sampler=EqualSizeBatches(dataset.sizes, self.batch_size, *self.rank()))
+
+    def rank(self) -> tuple[int, int]:
+        """The number of this process, and how many there are."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def loader(self, dataset: Dataset, **options) -> DataLoader:
+        """A `DataLoader` with this module's workers."""
+        return DataLoader(
+            dataset,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )

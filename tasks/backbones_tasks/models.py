@@ -1,0 +1,82 @@
+"""What models of all tasks share: a backbone by name, options or module, and its layers for the optimizer."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+from torch import nn
+
+from backbones import build_backbone
+from backbones.errors import InputError
+
+BackboneLike = str | Mapping[str, Any] | nn.Module
+
+
+class HoldsBackbone:
+    """Timm's methods for layer-wise learning rates, for a module that has a backbone at `backbone_path`."""
+
+    backbone_path: ClassVar[str] = "backbone"
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The backbone's layers, in timm's convention; everything else comes after them."""
+        backbone = self.get_submodule(self.backbone_path)
+        if not hasattr(backbone, "group_matcher"):
+            return {"backbone": _prefixed(self.backbone_path, "")}
+        matcher = backbone.group_matcher(coarse=coarse)
+        return {name: _prefixed(self.backbone_path, pattern) for name, pattern in matcher.items()}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that must not decay, beside norms and biases."""
+        backbone = self.get_submodule(self.backbone_path)
+        names = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()
+        return {f"{self.backbone_path}.{name}" for name in names}
+
+
+def make_backbone(backbone: BackboneLike, owner: str, **defaults: Any) -> nn.Module:
+    """The backbone of a task model.
+
+    Args:
+        backbone: a name, a dict of `build_backbone` options that includes "name", or a module with `feature_info`
+        owner: whose backbone it is, for errors
+        defaults: options of `build_backbone` where the dict has no others
+
+    Raises:
+        InputError: the dict lacks "name", or the module `feature_info`
+    """
+    if isinstance(backbone, nn.Module):
+        if not hasattr(backbone, "feature_info"):
+            raise InputError(
+                f"{type(backbone).__name__} has no feature_info to tell its channels; backbones.wrap(module, "
+                "channels=..., strides=...) gives it one"
+            )
+        return backbone
+    options = {**defaults, **backbone_options(backbone, owner)}
+    return build_backbone(options.pop("name"), **options)
+
+
+def backbone_options(backbone: str | Mapping[str, Any], owner: str) -> dict[str, Any]:
+    """A backbone's name or options as a dict that has "name"."""
+    options = {"name": backbone} if isinstance(backbone, str) else dict(backbone)
+    if "name" not in options:
+        raise InputError(f'{owner}: the backbone options {sorted(options)} lack "name"')
+    return options
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What an error says about an unknown name: the nearest one, and all that there are."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}There are {', '.join(known)}"
+
+
+def _prefixed(path: str, pattern: Any) -> Any:
+    """A matcher for names that begin with `path.`, from one for names without it."""
+    if pattern is None:
+        return None
+    if not isinstance(pattern, str):
+        return [(_prefixed(path, regex), suffix) for regex, suffix in pattern]
+    # timm anchors by re.match; the ^ of each alternative would not match after the prefix
+    unanchored = re.sub(r"(^|[|(:])\^", r"\1", pattern)
+    return rf"^{re.escape(path)}\.(?:{unanchored})"
