@@ -1,19 +1,17 @@
 """Images and masks for training: from folders, or drawn on the fly."""
 
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from pytorch_lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from .folders import Classes, DataError, Pair, check_pairs, find_pairs, read_classes
+from .folders import Classes, Pair, check_pairs, find_pairs, read_classes
 from .images import read_image, read_mask
+from .loading import DataModule, mix
 from .shapes import CLASSES as SHAPE_CLASSES
 from .shapes import draw_scene
 
@@ -33,49 +31,6 @@ class ShapesOptions:
     val: int = 100
 
 
-class EpochSampler(Sampler[tuple[int, int]]):
-    """(epoch, index) pairs in an order that the seed and the epoch alone decide, dealt out over the ranks.
-
-    Carrying the epoch to the data set makes augmentation a function of (seed, epoch, index): the same for any number
-    of workers, and the same after a resume.
-    """
-
-    def __init__(self, length: int, seed: int, rank: int = 0, world_size: int = 1):
-        self.length, self.seed, self.rank, self.world_size, self.epoch = length, seed, rank, world_size, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this as each epoch begins, after a resume too."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return -(-self.length // self.world_size)
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
-        order = np.resize(order, len(self) * self.world_size)  # repeats a few, so that all ranks get equally many
-        return ((self.epoch, int(i)) for i in order[self.rank :: self.world_size])
-
-
-class EqualSizeBatches(Sampler[list[int]]):
-    """Batches of indices whose images have one size, so that they can be validated whole; dealt out over the ranks."""
-
-    def __init__(self, sizes: list[tuple[int, int]], batch_size: int, rank: int = 0, world_size: int = 1):
-        if len(sizes) < world_size:
-            raise DataError(f"{len(sizes)} images for {world_size} processes: give one per process, or use fewer")
-        batch_size = min(batch_size, len(sizes) // world_size)  # so that no process is without a batch
-        by_size: dict[tuple[int, int], list[int]] = {}
-        for index, size in enumerate(sizes):
-            by_size.setdefault(size, []).append(index)
-        batches = [same[i : i + batch_size] for same in by_size.values() for i in range(0, len(same), batch_size)]
-        self.batches = batches[rank::world_size]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
-
-
 class FolderDataset(Dataset):
     """Pairs from disk as (image, mask): (3, H, W) float32 in [0, 1] and (H, W) int64 class indices.
 
@@ -84,6 +39,8 @@ class FolderDataset(Dataset):
 
     def __init__(self, pairs: list[Pair], classes: Classes, augment: v2.Transform | None = None, seed: int = 0):
         self.pairs, self.classes, self.augment, self.seed = pairs, classes, augment, seed
+        # unchecked images have no known size: each gets a batch to itself
+        self.sizes = [pair.size or (index, -1) for index, pair in enumerate(pairs)]
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -105,6 +62,7 @@ class ShapesDataset(Dataset):
 
     def __init__(self, length: int, size: int, split: str, seed: int = 0):
         self.length, self.size, self.seed = length, size, (seed, ("train", "val", "test").index(split))
+        self.sizes = [(size, size)] * length
 
     def __len__(self) -> int:
         return self.length
@@ -115,11 +73,6 @@ class ShapesDataset(Dataset):
         scene = draw_scene((*self.seed, *key), self.size)
         image = torch.from_numpy(scene.image).permute(2, 0, 1).float() / 255
         return image, torch.from_numpy(scene.mask).long()
-
-
-def mix(*numbers: int) -> int:
-    """One seed from several numbers; neighbours give unrelated seeds."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 class RandomScale(v2.Transform):
@@ -154,7 +107,7 @@ def augmentation(
     return v2.Compose(steps)
 
 
-class SegmentationData(LightningDataModule):
+class SegmentationData(DataModule):
     """Images and masks from a folder, or drawn shapes where none is given.
 
     Args:
@@ -193,44 +146,30 @@ class SegmentationData(LightningDataModule):
         shapes: ShapesOptions = ShapesOptions(),  # noqa: B008  (never changed)
         seed: int = 0,
     ):
-        super().__init__()
+        super().__init__(batch_size, 0 if root is None and num_workers is None else num_workers, seed)
         self.root = None if root is None else Path(root).expanduser()
-        self.batch_size, self.check, self.shapes, self.seed = batch_size, check, shapes, seed
+        self.check, self.shapes = check, shapes
         self.crop_size, self.scale, self.flip, self.color_jitter = crop_size, scale, flip, color_jitter
         self.val_fraction, self.split_seed = val_fraction, split_seed
         self.classes = (
             Classes.make(SHAPE_CLASSES) if self.root is None else read_classes(self.root, classes, ignore_index)
         )
-        if num_workers is None:
-            num_workers = 0 if self.root is None else min(8, os.cpu_count() or 1)
-        self.num_workers = num_workers
-        self.datasets: dict[str, Dataset] = {}
-        self.sizes: dict[str, list[tuple[int, int]]] = {}
 
     @property
     def class_names(self) -> list[str]:
         return list(self.classes.names)
 
     @property
-    def num_classes(self) -> int:
-        return len(self.classes.names)
-
-    @property
     def ignore_index(self) -> int:
         return self.classes.ignore_index
 
-    def setup(self, stage: str) -> None:
-        """Find, pair and check the files of the splits that the stage needs; `DataError` names the faulty ones."""
-        splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]
-        splits = [split for split in splits if split not in self.datasets]
-        if not splits:  # done before: the command line asks first, so that faulty data start no run
-            return
+    def load(self, splits: list[str]) -> dict[str, Dataset]:
+        """Find, pair and check the files of the splits; `DataError` names the faulty ones."""
         if self.root is None:
-            for split in splits:
-                length = self.shapes.train if split == "train" else self.shapes.val
-                self.datasets[split] = ShapesDataset(length, self.shapes.size, split, self.seed)
-                self.sizes[split] = [(self.shapes.size, self.shapes.size)] * length
-            return
+            lengths = {split: self.shapes.train if split == "train" else self.shapes.val for split in splits}
+            return {
+                split: ShapesDataset(length, self.shapes.size, split, self.seed) for split, length in lengths.items()
+            }
 
         found, problems = {}, []
         for split in splits:
@@ -240,40 +179,8 @@ class SegmentationData(LightningDataModule):
         if self.check:
             checked = dict(zip(every, check_pairs(every, problems, self.classes, self.root), strict=True))
             found = {split: [checked[pair] for pair in pairs] for split, pairs in found.items()}
-        for split, pairs in found.items():
-            augment = None
-            if split == "train":
-                augment = augmentation(self.crop_size, self.scale, self.flip, self.color_jitter, self.ignore_index)
-            self.datasets[split] = FolderDataset(pairs, self.classes, augment, self.seed)
-            # unchecked images have no known size: each gets a batch to itself
-            self.sizes[split] = [pair.size or (index, -1) for index, pair in enumerate(pairs)]
-
-    def train_dataloader(self) -> DataLoader:
-        dataset = self.datasets["train"]
-        sampler = EpochSampler(len(dataset), self.seed, *self._rank())
-        # a last batch of one image would break batch norm, a smaller one would make the steps uneven
-        return self._loader(
-            dataset, batch_size=self.batch_size, sampler=sampler, drop_last=len(sampler) >= self.batch_size
-        )
-
-    def val_dataloader(self) -> DataLoader:
-        return self._whole_images("val")
-
-    def test_dataloader(self) -> DataLoader:
-        return self._whole_images("test")
-
-    def _whole_images(self, split: str) -> DataLoader:
-        batches = EqualSizeBatches(self.sizes[split], self.batch_size, *self._rank())
-        return self._loader(self.datasets[split], batch_sampler=batches)
-
-    def _rank(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
-    def _loader(self, dataset: Dataset, **options) -> DataLoader:
-        return DataLoader(
-            dataset,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            **options,
-        )
+        augment = augmentation(self.crop_size, self.scale, self.flip, self.color_jitter, self.ignore_index)
+        return {
+            split: FolderDataset(pairs, self.classes, augment if split == "train" else None, self.seed)
+            for split, pairs in found.items()
+        }

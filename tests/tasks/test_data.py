@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from backbones_tasks.data import EpochSampler, EqualSizeBatches, SegmentationData, augmentation
+from backbones_tasks.data import SegmentationData, augmentation
 from backbones_tasks.folders import Classes, DataError
 from backbones_tasks.images import read_image, read_mask
+from backbones_tasks.loading import EpochSampler, EqualSizeBatches
 
 NAMES = ["sky", "road", "car", "void"]  # void is ignored
 
