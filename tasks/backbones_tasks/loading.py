@@ -1,5 +1,6 @@
 """What the data of every task share: order, seeds, batches and loaders."""
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 
@@ -57,6 +58,40 @@ class EqualSizeBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(self.batches)
+
+
+class AspectRatioBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of what a sampler draws whose images are of similar shape, so that they pad little.
+
+    Every process gets equally many batches, whatever the images are like. The few images that are left over at the
+    end are batched by shape as well as can be.
+
+    Args:
+        sampler: of the (epoch, index) pairs; Lightning tells it the epoch.
+        sizes: (height, width) of each image.
+        batch_size: of all batches, unless there are fewer images than that.
+    """
+
+    def __init__(self, sampler: EpochSampler, sizes: Sequence[tuple[int, int]], batch_size: int):
+        self.sampler, self.batch_size = sampler, min(batch_size, len(sampler))
+        self.ratios = [width / height for height, width in sizes]
+
+    def __len__(self) -> int:
+        return len(self.sampler) // self.batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        waiting: dict[int, list[tuple[int, int]]] = {}
+        for key in self.sampler:
+            group = round(2 * math.log2(self.ratios[key[1]]))  # 1:1, 4:3 with 3:2, 16:9 with 2:1, ...
+            batch = waiting.setdefault(group, [])
+            batch.append(key)
+            if len(batch) == self.batch_size:
+                yield waiting.pop(group)
+        rest = [key for batch in waiting.values() for key in batch]
+        rest = rest[: len(rest) // self.batch_size * self.batch_size]
+        rest.sort(key=lambda key: self.ratios[key[1]])
+        for i in range(0, len(rest), self.batch_size):
+            yield rest[i : i + self.batch_size]
 
 
 class DataModule(LightningDataModule):

@@ -1,0 +1,45 @@
+"""Faults of a data set: gathered, counted and told in one report."""
+
+from collections.abc import Iterable, Iterator
+
+SHOWN = 5  # of each kind
+
+
+class Faults:
+    """What is wrong with which files and annotations of a split.
+
+    Args:
+        source: the file or folder that lists the split.
+        images, objects: how many it lists.
+    """
+
+    def __init__(self, source: object, images: int = 0, objects: int = 0):
+        self.source, self.images, self.objects = source, images, objects
+        self.found: dict[str, list[str]] = {}
+
+    def add(self, kind: str, where: str) -> None:
+        """Note a fault: `kind` is counted, `where` names the file or the annotation."""
+        self.found.setdefault(kind, []).append(where)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.found.values()))
+
+    def __str__(self) -> str:
+        head = f"{self.source}: {count(len(self), 'fault')} in "
+        head += f"{count(self.images, 'image')} with {count(self.objects, 'object')}"
+        return "\n".join([head, *self._lines()])
+
+    def _lines(self) -> Iterator[str]:
+        for kind, places in self.found.items():
+            more = [f"and {len(places) - SHOWN} more"] if len(places) > SHOWN else []
+            yield f"  {kind} ({len(places)}): {'; '.join(places[:SHOWN] + more)}"
+
+
+def report(faults: Iterable[Faults]) -> str:
+    """The faults of several splits; empty if there are none."""
+    return "\n".join(str(found) for found in faults if len(found))
+
+
+def count(number: int, noun: str) -> str:
+    """'1 image', '1,024 images'."""
+    return f"{number:,} {noun}{'s'[: number != 1]}"
