@@ -1,16 +1,18 @@
 """Heads, data, training and prediction on top of `backbones`."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .detector import build_detector
     from .segmenter import build_segmenter
 
-__all__ = ["build_segmenter"]
+_MODULES = {"build_detector": "detector", "build_segmenter": "segmenter"}
+
+__all__ = ["build_detector", "build_segmenter"]
 
 
 def __getattr__(name: str):
-    if name == "build_segmenter":
-        from .segmenter import build_segmenter
-
-        return build_segmenter
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
