@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from .hookspecs import hookimpl
+    from .hub import from_pretrained
     from .registry import PluginInfo, backbone_info, build_backbone, list_backbones, plugins, refresh, register
     from .specs import BackboneInfo, BackboneSpec, Weights
     from .weights import LoadReport
@@ -46,6 +47,7 @@ __all__ = [
     "__version__",
     "backbone_info",
     "build_backbone",
+    "from_pretrained",
     "hookimpl",
     "list_backbones",
     "plugins",
@@ -59,6 +61,7 @@ _NAMES = {
     "errors": "AmbiguousBackbone BackboneError IncompatiblePlugin InputError InvalidSpec MissingDependency "
     "PluginError UnknownBackbone WeightsError",
     "hookspecs": "hookimpl",
+    "hub": "from_pretrained",
     "registry": "PluginInfo backbone_info build_backbone list_backbones plugins refresh register",
     "specs": "BackboneInfo BackboneSpec Weights",
     "weights": "LoadReport",

@@ -2,8 +2,10 @@
 
 import itertools
 import operator
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -25,6 +27,9 @@ from .layers import (
     pad_to_multiple,
 )
 from .weights import KeyLayout
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 __all__ = ["Backbone", "FeatureInfo", "wrap"]
 
@@ -155,8 +160,13 @@ class Backbone(nn.Module, metaclass=_Finished):
             "mean": IMAGENET_DEFAULT_MEAN,
             "std": IMAGENET_DEFAULT_STD,
             "interpolation": "bicubic",
+            "num_classes": num_classes,
             "classifier": "head",
+            "fixed_input_size": False,
         }
+        #: The options it was built with, by `build_backbone`: what a file can hold, and names of the rest.
+        self.build_options: dict[str, Any] = {}
+        self.unsaved_options: list[str] = []
 
     # What callers ask
 
@@ -170,10 +180,15 @@ class Backbone(nn.Module, metaclass=_Finished):
         """Strides, in pixels, of the maps that the forward returns."""
         return self.feature_info.reduction()
 
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        """`pretrained_cfg` under its older name, which code for timm reads as well."""
+        return self.pretrained_cfg
+
     def forward(self, images: Tensor) -> list[Tensor] | Tensor:
         """Feature maps of images (B, in_chans, H, W); with `features_only=False`, logits (B, num_classes)."""
         self._check_images(images)
-        padded = pad_to_multiple(images, self.size_divisor)
+        padded = self.pad(images)
         features = self.forward_features(padded)
         if not self.features_only:
             return self.forward_head(features)
@@ -187,7 +202,7 @@ class Backbone(nn.Module, metaclass=_Finished):
 
     def forward_features(self, images: Tensor) -> Sequence[Tensor] | Mapping[int, Tensor] | Tensor:
         """Maps by index, those asked for at least; of a classifier, its last map, normed and unpooled."""
-        x = self.stem(pad_to_multiple(images, self.size_divisor))  # also right when called on its own
+        x = self.stem(self.pad(images))  # also right when called on its own
         maps = []
         for stage in self.stages:
             x = self._run(stage, x)
@@ -243,6 +258,27 @@ class Backbone(nn.Module, metaclass=_Finished):
             for parameter, _ in module.named_parameters()
         }
 
+    def save_pretrained(self, folder: str | os.PathLike) -> Path:
+        """Writes weights, options and a model card into a folder, for `backbones.from_pretrained(folder)`.
+
+        Raises:
+            InputError: the model was not built by `build_backbone`, or with an option that JSON cannot hold.
+        """
+        from .hub import save_pretrained
+
+        return save_pretrained(self, folder)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> "CommitInfo":
+        """Uploads what `save_pretrained` writes, for `backbones.from_pretrained(repo_id)`.
+
+        Args:
+            repo_id: a repository of the Hugging Face Hub; made if need be.
+            **options: `private`, `token`, `revision`, `create_pr`, `commit_message`; see `backbones.hub`.
+        """
+        from .hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
+
     def train(self, mode: bool = True) -> "Backbone":
         """Training mode for what is neither frozen nor, with `norm_eval`, a BatchNorm."""
         super().train(mode)
@@ -260,6 +296,10 @@ class Backbone(nn.Module, metaclass=_Finished):
         return f"out_indices={self.out_indices}, channels={self.out_channels}, strides={self.strides}"
 
     # What architectures use
+
+    def pad(self, images: Tensor) -> Tensor:
+        """Images as the stem takes them: zero-padded, right and bottom, to a multiple of `size_divisor`."""
+        return pad_to_multiple(images, self.size_divisor)
 
     def wanted(self, stages: Iterable[nn.Module]) -> Iterator[nn.Module]:
         """The leading stages that the maps asked for need; the rest of a lazy iterable is never built."""
@@ -301,11 +341,15 @@ class Backbone(nn.Module, metaclass=_Finished):
                     for i, c in zip(self.out_indices, self.out_channels, strict=True)
                 }
             )
+            for i in self.out_indices:  # where a hook sees the map, of every architecture
+                self.feature_info.info[i]["module"] = f"out_norms.{i}"
         else:
             self.norm = self.make_norm()
             self.pre_logits = self.make_pre_logits().apply(init_linear)
             self._make_head()
         self.set_grad_checkpointing(self.checkpointing)
+        convs = (name for name, module in self.named_modules() if isinstance(module, nn.Conv2d))
+        self.pretrained_cfg["first_conv"] = next(convs, None)
         parts = len(self.freezable())
         if not -1 <= self.frozen_stages < parts:
             raise InputError(

@@ -6,10 +6,12 @@ import importlib.util
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import PackageNotFoundError, version
 from inspect import Parameter, isclass, signature
+from numbers import Integral
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -38,15 +40,41 @@ def build(plugin: Plugin, spec: BackboneSpec, options: Mapping[str, Any]) -> "Ba
     make = _import_entry(plugin, spec)
     options = dict(options)
     pretrained = options.pop("pretrained", False)
+    recorded = _recorded(options)  # before a constructor has used up an iterator
     model = _construct(plugin, spec, make, options)
     _check_model(plugin, spec, model, options)
     model.spec = spec
     model.canonical_name = plugin.canonical(spec)
+    model.build_options = recorded
+    model.unsaved_options = sorted(options.keys() - recorded.keys())
+    model.pretrained_cfg["architecture"] = spec.name
     if pretrained:
         from .weights import load_pretrained
 
         load_pretrained(model, spec, pretrained)
     return model
+
+
+def _recorded(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those options that a JSON file can hold, as it gives them back."""
+    recorded = {}
+    for name, value in options.items():
+        with suppress(TypeError):
+            recorded[name] = plain(value)
+    return recorded
+
+
+def plain(value: Any) -> Any:
+    """A value as a JSON file gives it back; `TypeError` for one that it cannot hold."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Integral):  # numpy's
+        return int(value)
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
+        return [plain(v) for v in value]
+    raise TypeError(f"JSON holds no {type(value).__name__}")
 
 
 def check_entry(spec: BackboneSpec) -> None:

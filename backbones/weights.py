@@ -1,6 +1,7 @@
 """Checkpoints: read, recognised, converted, resized, reported."""
 
 import argparse
+import itertools
 import logging
 import os
 import pickle
@@ -32,6 +33,9 @@ MINIMUM_SHARE = 0.9
 
 # Where releases keep the state dict, averaged weights first, as timm looks for them.
 _CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state", "module", "teacher")
+
+# What repositories on the hub call their weights, unless a source names the file.
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 Shape = tuple[int, ...]
 
@@ -92,7 +96,8 @@ def load_pretrained(model: "Backbone", spec: BackboneSpec, pretrained: bool | st
     Args:
         model: the backbone, just built.
         spec: its spec, which lists published weights.
-        pretrained: True for the spec's first weights, one of its tags, or a path.
+        pretrained: True for the spec's first weights, one of its tags, or a path to a file or to a folder of
+            `save_pretrained`.
     """
     tags = {row.tag: row for row in spec.weights}
     if pretrained is True:
@@ -103,6 +108,8 @@ def load_pretrained(model: "Backbone", spec: BackboneSpec, pretrained: bool | st
         row = tags[str(pretrained)]
     elif Path(pretrained).expanduser().is_file():
         return load_weights(model, pretrained)
+    elif (saved := Path(pretrained).expanduser() / "model.safetensors").is_file():  # a folder of save_pretrained
+        return load_weights(model, saved)
     else:
         raise WeightsError(
             f"{spec.name}: pretrained={str(pretrained)!r} is neither a file nor one of its weights "
@@ -110,7 +117,13 @@ def load_pretrained(model: "Backbone", spec: BackboneSpec, pretrained: bool | st
         )
     report = load_weights(model, _fetch(row, spec.name))
     model.pretrained_cfg.update(
-        tag=row.tag, input_size=row.input_size, mean=row.mean, std=row.std, interpolation=row.interpolation
+        tag=row.tag,
+        source=row.source,
+        license=row.license,
+        input_size=row.input_size,
+        mean=row.mean,
+        std=row.std,
+        interpolation=row.interpolation,
     )
     return report
 
@@ -238,8 +251,11 @@ def _recognise(
     best = (-1, state, "own", "")
     for prefix, _ in prefixes.most_common(16):
         inner = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-        for layout in layouts:
-            converted = layout.convert(inner)
+        # `stages_0.` is `stages.0.` in what timm's features_only=True has saved
+        unfolded = {re.sub(r"^([a-z_]+)_(\d+)\.", r"\1.\2.", k): v for k, v in inner.items()}
+        spellings = [inner] if unfolded.keys() == inner.keys() else [inner, unfolded]
+        for layout, spelling in itertools.product(layouts, spellings):
+            converted = layout.convert(spelling)
             matched = sum(name in own for name in converted)
             if matched > best[0]:
                 best = (matched, converted, layout.name, prefix)
@@ -262,7 +278,7 @@ def _fit(model: "Backbone", name: str, value: Tensor, own: Tensor, state: Mappin
 
 
 def _is_new(name: str, parts: tuple[str, ...]) -> bool:
-    return name.split(".")[0] in parts
+    return any(f"{name}.".startswith(f"{part}.") for part in parts)
 
 
 def _arrow(shape: Shape | tuple[Shape, Shape]) -> str:
@@ -294,9 +310,11 @@ def _fetch_from_hub(row: Weights, name: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    repo, _, revision = row.source.removeprefix("hf-hub:").partition("@")
+    path, _, revision = row.source.removeprefix("hf-hub:").partition("@")
+    *folders, last = path.split("/", 2)
+    repo, file = ("/".join(folders), [last]) if len(folders) == 2 else (path, [])
     unreachable = None
-    for filename in ("model.safetensors", "pytorch_model.bin"):
+    for filename in file or _HUB_FILES:
         try:
             return Path(hf_hub_download(repo, filename, revision=revision or None))
         except LocalEntryNotFoundError as error:  # offline, or no network, and not in the cache
@@ -311,4 +329,4 @@ def _fetch_from_hub(row: Weights, name: str) -> Path:
             f"({str(unreachable).splitlines()[0]}). Where there is a network, run `hf download {repo}`; "
             "then copy the weights here and pass pretrained=PATH, or copy the cache and set HF_HOME"
         ) from unreachable
-    raise WeightsError(f"{name}: {repo} on the hub holds neither model.safetensors nor pytorch_model.bin")
+    raise WeightsError(f"{name}: {repo} on the hub holds no {' or '.join(file or _HUB_FILES)}")

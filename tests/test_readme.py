@@ -63,3 +63,17 @@ def test_table_of_families_is_what_the_command_prints(capsys):
     (table,) = re.findall(r"<!-- backbones list --markdown -->\n(.*?)<!-- end -->", README, re.DOTALL)
     assert main(["list", "--markdown", "--plugin", "dense-backbones"]) == 0
     assert table == capsys.readouterr().out, "run `backbones list --markdown` and put its output into the README"
+
+
+def test_smp_model_of_the_readme_segments():
+    names = {}
+    exec(block("backbones_tasks.smp").replace('"imagenet"', "None").replace("b2", "b0"), names)
+    with torch.no_grad():
+        assert names["model"].eval()(torch.rand(1, 3, 64, 96)).shape == (1, 21, 64, 96)
+
+
+def test_saving_of_the_readme_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"backbone": backbones.build_backbone("edgevit_xxs")}
+    exec(block("save_pretrained"), names)
+    assert [tuple(m.shape) for m in names["backbone"](torch.rand(1, 3, 50, 71))] == [(1, 288, 2, 3)]

@@ -1,13 +1,10 @@
 """Segmentation models: any backbone under any decoder of segmentation-models-pytorch."""
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import segmentation_models_pytorch as smp
 import torch
-from segmentation_models_pytorch.encoders._base import EncoderMixin
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models.segmentation.fcn import FCNHead
@@ -15,6 +12,7 @@ from torchvision.models.segmentation.fcn import FCNHead
 from backbones.errors import InputError
 
 from .models import BackboneLike, HoldsBackbone, make_backbone, nearest
+from .smp import Levels, named, resize
 
 ARCHITECTURES = (
     "upernet",
@@ -61,29 +59,25 @@ def build_segmenter(
 
     depth = decoder_options.get("encoder_depth", known["encoder_depth"])
     backbone = make_backbone(backbone, architecture, out_indices=tuple(range(depth - 1)))
-    channels = list(backbone.feature_info.channels())
-    if len(channels) < depth - 1 or len(channels) > 5:
-        raise InputError(
-            f"{architecture} needs the {depth - 1} maps of strides {[2**i for i in range(2, depth + 1)]}, but the "
-            f"backbone returns strides {list(backbone.feature_info.reduction())}"
-        )
     if aux and depth < 4:
         raise InputError(f"aux=True needs the stride-16 map, which {architecture} with encoder_depth={depth} lacks")
-    if len(channels) < 5:
-        channels.insert(0, 0)  # no map of stride 2: zero channels, as smp's own transformer encoders have it
     if architecture == "upernet":
         decoder_options = {"upsampling": 1, **decoder_options}
-    with _registered([3, *channels]) as encoder_name:
+    with named(backbone) as encoder_name:
         model = model_class(encoder_name, encoder_weights=None, classes=num_classes, **decoder_options)
-    aux_head = FCNHead(channels[3], num_classes) if aux else None
+    levels = model.encoder.levels
+    if architecture == "smp/fpn" and 0 in levels.channels[-4:]:
+        raise InputError(
+            f"smp/fpn has four levels, and with encoder_depth={depth} the backbone has no map for the finest"
+        )
+    aux_head = FCNHead(levels.channels[4], num_classes) if aux else None
     return Segmenter(
         backbone,
         model.decoder,
         model.segmentation_head,
-        depth=depth,
-        output_stride=model.encoder.output_stride,
+        levels=levels,
         divisor=1 if architecture == "upernet" else 2**depth,
-        min_size=_MIN_CELLS.get(architecture, 0) * model.encoder.output_stride,
+        min_size=_MIN_CELLS.get(architecture, 0) * levels.output_stride,
         aux_head=aux_head,
     )
 
@@ -95,8 +89,7 @@ class Segmenter(HoldsBackbone, nn.Module):
         backbone: module from (B, C, H, W) to maps of strides 4 to 32, finest first; or from stride 2
         decoder: module from the list [image, stride 2, stride 4, ...] to one map
         head: module from that map to logits
-        depth: number of halvings the decoder sees
-        output_stride: coarsest stride the decoder works on; coarser maps are resized to it
+        levels: which maps the decoder sees
         divisor: sides of the image are padded, at the right and bottom, to a multiple of this
         min_size: and to at least this
         aux_head: module from the stride-16 map to logits
@@ -108,8 +101,7 @@ class Segmenter(HoldsBackbone, nn.Module):
         decoder: nn.Module,
         head: nn.Module,
         *,
-        depth: int,
-        output_stride: int,
+        levels: Levels,
         divisor: int,
         min_size: int = 0,
         aux_head: nn.Module | None = None,
@@ -120,56 +112,24 @@ class Segmenter(HoldsBackbone, nn.Module):
         self.decoder = decoder.to(memory_format=torch.channels_last)
         self.head = head.to(memory_format=torch.channels_last)
         self.aux_head = None if aux_head is None else aux_head.to(memory_format=torch.channels_last)
-        self.depth, self.output_stride, self.divisor, self.min_size = depth, output_stride, divisor, min_size
+        self.levels, self.divisor, self.min_size = levels, divisor, min_size
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Logits (B, num_classes, H, W) of images (B, C, H, W); training with an aux head, a pair of them."""
         height, width = images.shape[-2:]
         padded = self._pad(images)
-        pyramid = self._pyramid(padded, list(self.backbone(padded)))
+        pyramid = self.levels(padded, list(self.backbone(padded)))
         logits = self.head(self.decoder(pyramid))
-        logits = _resize(logits, padded.shape[-2:])[..., :height, :width]
+        logits = resize(logits, padded.shape[-2:])[..., :height, :width]
         if self.aux_head is None or not self.training:
             return logits
-        aux = _resize(self.aux_head(pyramid[4]), padded.shape[-2:])[..., :height, :width]
+        aux = resize(self.aux_head(pyramid[4]), padded.shape[-2:])[..., :height, :width]
         return logits, aux
 
     def _pad(self, images: torch.Tensor) -> torch.Tensor:
         height, width = images.shape[-2:]
         right, bottom = (max(-(-n // self.divisor) * self.divisor, self.min_size) - n for n in (width, height))
         return F.pad(images, (0, right, 0, bottom)) if right or bottom else images
-
-    def _pyramid(self, images: torch.Tensor, maps: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The list that smp's encoders return: image, stride 2, stride 4, ... of `depth` halvings."""
-        height, width = images.shape[-2:]
-        if len(maps) < 5:
-            maps.insert(0, maps[0].new_empty(len(images), 0, -(-height // 2), -(-width // 2)))
-        strides = [min(2**level, self.output_stride) for level in range(1, self.depth + 1)]
-        sizes = [(-(-height // stride), -(-width // stride)) for stride in strides]
-        # only maps of other strides than the decoder's are resized, for instance of a dilated backbone
-        return [images, *(_resize(x, size) for x, size in zip(maps[: self.depth], sizes, strict=True))]
-
-
-class _EncoderShape(nn.Module, EncoderMixin):
-    """Tells an smp model which maps to expect; the maps themselves come from the backbone."""
-
-    def __init__(self, out_channels: Sequence[int], depth: int, output_stride: int):
-        super().__init__()
-        self._out_channels, self._depth, self._output_stride, self._in_channels = out_channels, depth, output_stride, 3
-
-    def make_dilated(self, output_stride: int) -> None:
-        self._output_stride = output_stride
-
-
-@contextmanager
-def _registered(channels: Sequence[int]) -> Iterator[str]:
-    """Register an encoder as smp's documentation has it, for as long as a model is being built."""
-    name = f"backbones-{id(channels)}"
-    smp.encoders.encoders[name] = {"encoder": _EncoderShape, "params": {"out_channels": channels}}
-    try:
-        yield name
-    finally:
-        del smp.encoders.encoders[name]
 
 
 def find_architecture(architecture: str) -> type[nn.Module]:
@@ -179,9 +139,3 @@ def find_architecture(architecture: str) -> type[nn.Module]:
     if architecture not in ARCHITECTURES:
         raise InputError(f"unknown architecture {architecture!r}; {nearest(architecture, ARCHITECTURES)}")
     return smp.MODEL_ARCHITECTURES_MAPPING[architecture.removeprefix("smp/")]
-
-
-def _resize(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    if tuple(x.shape[-2:]) == tuple(size) or x.shape[1] == 0:
-        return x
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)

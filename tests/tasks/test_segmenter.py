@@ -176,6 +176,7 @@ def test_plain_modules_with_timms_methods_keep_their_layers():
         ({"backbone": nn.Conv2d(3, 3, 1)}, "no feature_info"),
         ({"backbone": {"name": "pvt_v2_b0", "out_indices": (1, 2, 3)}}, r"returns strides \[8, 16, 32\]"),
         ({"architecture": "smp/pspnet", "aux": True}, "stride-16 map"),
+        ({"architecture": "smp/fpn", "encoder_depth": 4}, "no map for the finest"),
     ],
 )
 def test_what_cannot_work_is_refused(options, message):
