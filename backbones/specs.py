@@ -54,7 +54,8 @@ class Weights(_Record):
 
     Args:
         tag: what `build_backbone(name, pretrained=tag)` asks for.
-        source: `hf-hub:ORGANISATION/REPOSITORY` or an `https://` address of a .pth or .safetensors file.
+        source: `hf-hub:ORGANISATION/REPOSITORY`, `/FILE` after it where the weights have an unusual name, or an
+            `https://` address of a .pth or .safetensors file.
         layout: who named the keys: `timm`, `torchvision` or the family's official release.
         input_size: channels, height and width of the images it was trained on.
         mean, std: per channel, of images scaled to 0..1.

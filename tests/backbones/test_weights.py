@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import shutil
+from dataclasses import replace
 
 import huggingface_hub.constants
 import numpy as np
@@ -375,6 +376,26 @@ def test_tag_and_revision_choose_the_weights_and_their_preprocessing(offline, st
     expected = {"tag": "second", "input_size": (3, 96, 96), "mean": (0.5,) * 3, "std": (0.25,) * 3}
     assert expected.items() <= model.pretrained_cfg.items()
     assert model.pretrained_cfg["interpolation"] == "bilinear"
+
+
+def test_a_source_on_the_hub_may_name_its_file(offline, state):
+    spec = replace(SPEC, weights=(Weights(tag="odd", source="hf-hub:somebody/odd/model_ema.bin"),))
+    model = Tiny(features_only=False)
+    with pytest.raises(WeightsError, match="hf download somebody/odd`"):
+        load_pretrained(model, spec, True)
+    cache(offline, "somebody/odd", state, filename="model_ema.bin")
+    load_pretrained(model, spec, True)
+    assert holds(model, state)
+
+
+def test_parts_that_are_new_may_stand_within_others(state):
+    class Nested(Tiny):
+        new_parts = ("stages.1", "head", "out_norms")
+
+    report = load_weights(Nested(), {key: value for key, value in state.items() if not key.startswith("stages.1.")})
+    assert report.share == 1
+    with pytest.raises(WeightsError, match="does not fit"):
+        load_weights(Nested(), {key: value for key, value in state.items() if not key.startswith("stages.0.")})
 
 
 def test_web_source_is_served_from_the_cache_of_torch_hub(offline, state):
