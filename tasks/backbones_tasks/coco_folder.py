@@ -77,7 +77,7 @@ class CocoFolder:
         ids = _categories(content, file)
         labels = {ids[name]: label for label, name in enumerate(self.classes, start=1) if name in ids}
         categories = {label: (number, self.classes[label - 1]) for number, label in labels.items()}
-        faults = Faults(file, len(content["images"]), len(content["annotations"]))
+        faults = Faults(file, self.root, len(content["images"]), len(content["annotations"]))
         folder = self.folders.get(split) or _find_images(self.root, file, split, content["images"])
 
         found: dict[int, tuple[Path, ObjectList]] = {}
@@ -90,7 +90,7 @@ class CocoFolder:
             elif number in listed:
                 faults.add("image id used twice", f"{number}, {where}")
             elif not (folder / name).is_file():
-                faults.add("missing image", str(folder / name))
+                faults.add("missing image", faults.name(folder / name))
             else:
                 found[number] = (folder / name, ObjectList(size, masks, faults))
             if number is not None:

@@ -1,6 +1,7 @@
 """Faults of a data set: gathered, counted and told in one report."""
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 SHOWN = 5  # of each kind
 
@@ -9,17 +10,22 @@ class Faults:
     """What is wrong with which files and annotations of a split.
 
     Args:
-        source: the file or folder that lists the split.
-        images, objects: how many it lists.
+        source: the file that lists the split.
+        root: the data's folder, which files are named relative to.
+        images, objects: how many are listed.
     """
 
-    def __init__(self, source: object, images: int = 0, objects: int = 0):
-        self.source, self.images, self.objects = source, images, objects
+    def __init__(self, source: Path, root: Path, images: int = 0, objects: int = 0):
+        self.source, self.root, self.images, self.objects = source, root, images, objects
         self.found: dict[str, list[str]] = {}
 
     def add(self, kind: str, where: str) -> None:
         """Note a fault: `kind` is counted, `where` names the file or the annotation."""
         self.found.setdefault(kind, []).append(where)
+
+    def name(self, file: Path) -> str:
+        """What a file is called in the report."""
+        return str(file.relative_to(self.root) if file.is_relative_to(self.root) else file)
 
     def __len__(self) -> int:
         return sum(map(len, self.found.values()))

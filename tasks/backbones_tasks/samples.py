@@ -113,6 +113,9 @@ class ObjectList:
             return
         counts = None
         if self.masks:
+            if not segmentation:
+                self.faults.add("object without a mask", where)
+                return
             try:
                 counts = rle.encode(segmentation, height, width)
             except ValueError as error:
@@ -158,21 +161,22 @@ def check_images(samples: list[Sample], faults: Faults) -> list[Sample]:
     """Read every image once; returns the samples whose image can be read and has the size that is listed."""
     with ThreadPoolExecutor(min(8, cpu_count() or 1)) as pool:
         found = list(tqdm(pool.map(_image_fault, samples), "checking images", len(samples), delay=3, leave=False))
-    for fault in found:
+    for sample, fault in zip(samples, found, strict=True):
         if fault is not None:
-            faults.add(*fault)
+            kind, detail = fault
+            faults.add(kind, f"{faults.name(sample.file)}{detail}")
     return [sample for sample, fault in zip(samples, found, strict=True) if fault is None]
 
 
 def _image_fault(sample: Sample) -> tuple[str, str] | None:
+    """The kind of fault, and what is to be said of the file."""
     try:
         image = read_image(sample.file)
     except UNREADABLE as error:
-        return "image that cannot be read", f"{sample.file}, {error}"
+        return "image that cannot be read", f", {error}"
     height, width = sample.size
     if image.size == (width, height):
         return None
     with Image.open(sample.file) as stored:
         turned = " once turned upright by its EXIF orientation" if stored.size == (width, height) else ""
-    where = f"{sample.file} is {image.width} x {image.height}{turned}, listed as {width} x {height}"
-    return "image of another size than listed", where
+    return "image of another size than listed", f" is {image.width} x {image.height}{turned}, not {width} x {height}"

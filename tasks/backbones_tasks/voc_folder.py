@@ -30,9 +30,13 @@ class VocFolder:
         if not self.splits:
             raise DataError(f"{root}: has no {LISTS}/train.txt that names the images to train on, one a line")
         self._trees: dict[str, ElementTree.Element | Exception] = {}
-        self.classes = list(classes or sorted(self._names()))
-        if not self.classes:
+        names = sorted(self._names())
+        if not names:
             raise DataError(f"{root / 'Annotations'}: names no object")
+        self.classes = list(classes or names)
+        unknown = [name for name in self.classes if name not in names]
+        if unknown:
+            raise DataError(f"{root}: no object is a {' or '.join(map(repr, unknown))}; there are {', '.join(names)}")
 
     def read(self, split: str, masks: bool) -> tuple[list[Sample], dict[int, tuple[int, str]], Faults]:
         """The samples of a split that are sound, its categories (id and name by label), and the faults of the rest."""
@@ -40,7 +44,7 @@ class VocFolder:
             raise DataError(f"{self.root}: boxes in Pascal VOC's layout come without masks; masks need COCO's format")
         labels = {name: label for label, name in enumerate(self.classes, start=1)}
         names = self._images(split)
-        faults = Faults(self._list(split), len(names))
+        faults = Faults(self._list(split), self.root, len(names))
         images = {file.stem: file for file in sorted((self.root / "JPEGImages").glob("*")) if _is_image(file)}
         samples, seen = [], set()
         for image_id, name in enumerate(names, start=1):
@@ -48,15 +52,15 @@ class VocFolder:
             if name in seen:
                 faults.add("image listed twice", name)
             elif name not in images:
-                faults.add("missing image", str(self.root / "JPEGImages" / name))
+                faults.add("missing image", f"JPEGImages/{name}")
             elif isinstance(tree, FileNotFoundError):
-                faults.add("missing annotation", str(self._annotation(name)))
+                faults.add("missing annotation", faults.name(self._annotation(name)))
             elif isinstance(tree, Exception):
-                faults.add("broken annotation", f"{self._annotation(name)}, {tree}")
+                faults.add("broken annotation", f"{faults.name(self._annotation(name))}, {tree}")
             else:
                 size = _size(tree, images[name])
                 if size is None:
-                    faults.add("image of unknown size", str(images[name]))
+                    faults.add("image of unknown size", faults.name(images[name]))
                 else:
                     objects = ObjectList(size, masks=False, faults=faults)
                     _add_objects(tree, labels, objects, name)

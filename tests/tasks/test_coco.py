@@ -17,6 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from backbones.errors import InputError
 from backbones_tasks import rle
 from backbones_tasks.coco import CocoEvaluation
+from backbones_tasks.detection_data import DetectionData
 
 NAMES = ["background", "cat", "dog", "tree"]
 IDS = {1: 3, 2: 7, 3: 90}
@@ -87,7 +88,7 @@ def evaluate(truth, **options):
 def by_hand(truth, results, kind):
     """pycocotools' twelve numbers, and its AP by class."""
     with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO(truth)
+        coco = COCO(str(truth))
         evaluation = COCOeval(coco, coco.loadRes(str(results)), kind)
         evaluation.evaluate()
         evaluation.accumulate()
@@ -113,6 +114,40 @@ def test_numbers_are_those_of_pycocotools_to_the_last_digit(tmp_path):
         assert math.isnan(scores[f"{name}_AP/tree"]), "none is there to be found"
         assert len({round(value, 3) for value in ours}) > 3
         assert 0.1 < scores[f"{name}_AP"] < 0.9, "neither all right nor all wrong"
+
+
+def test_numbers_are_those_of_the_original_annotations(shared_data, tmp_path):
+    """The truth goes through our samples, results through category ids, and nothing is lost on the way."""
+    data = DetectionData(str(shared_data / "coco_det"), masks=True, check=False, num_workers=0)
+    data.setup("validate")
+    dataset = data.datasets["val"]
+    evaluation = CocoEvaluation(dataset.coco(), data.class_names, masks=True)
+    rng = np.random.default_rng(0)
+    for sample in dataset.samples:
+        target = sample.target()
+        boxes, masks = target["boxes"].numpy(), target["masks"].numpy()
+        shift = rng.integers(-4, 5)
+        evaluation.update(
+            [target],
+            [
+                {
+                    "boxes": torch.from_numpy(boxes + rng.normal(0, 3, boxes.shape)),
+                    "labels": target["labels"],
+                    "scores": torch.from_numpy(rng.random(len(boxes))),
+                    "masks": torch.from_numpy(np.roll(masks, shift, axis=2))[:, None].float(),
+                }
+            ],
+        )
+    scores = evaluation.compute()
+    evaluation.save(tmp_path)
+    file = shared_data / "coco_det" / "annotations" / "instances_val2017.json"
+    for kind, name in (("bbox", "box"), ("segm", "mask")):
+        stats, classes = by_hand(str(file), tmp_path / f"results_{name}.json", kind)
+        assert [scores[f"{name}_{score}"] for score in BOXES] == stats[:6].tolist()
+        for label, value in classes.items():
+            assert scores[f"{name}_AP/{label}"] == pytest.approx(value, abs=0, rel=0, nan_ok=True)
+        print(name, stats[:6])
+        assert 0.2 < scores[f"{name}_AP"] < 0.95
 
 
 def test_perfect_predictions_score_one():
@@ -233,6 +268,7 @@ print(json.dumps([scores, [file.name for file in files]]))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(tmp_path):
     expected = evaluate(make_truth(7), noise=0.08, extra=3)
     arguments = [f"file://{tmp_path}/init", __file__, str(tmp_path / "out")]

@@ -225,7 +225,7 @@ def plant_faults(root):
 PLANTED = {
     "missing image": "train4.jpg",
     "image that cannot be read": "train5.jpg",
-    "image of another size than listed": "train6.jpg is 60 x 42, listed as 60 x 40",
+    "image of another size than listed": "train6.jpg is 60 x 42, not 60 x 40",
     "box without area": "annotation 101 of train1.jpg, [10, 10, 0, 5]",
     "box beyond the image": "annotation 102 of train1.jpg",
     "box with a number that is not finite": "annotation 103 of train2.jpg",
@@ -321,7 +321,7 @@ def test_entries_of_any_json_are_reported_not_tripped_over(folder):
         "annotation of an image that is not listed (2)",
         "box that is not four numbers (1)",
         "unknown category (1)",
-        "broken mask (1)",
+        "object without a mask (1)",
     ):
         assert part in str(caught.value)
 
@@ -338,8 +338,18 @@ def test_an_image_that_its_exif_orientation_turns_is_explained(folder):
     exif = image.getexif()
     exif[0x0112] = 6
     image.save(folder / "train" / "train1.jpg", exif=exif)
-    with pytest.raises(DataError, match="is 40 x 60 once turned upright by its EXIF orientation, listed as 60 x 40"):
+    with pytest.raises(DataError, match="is 40 x 60 once turned upright by its EXIF orientation, not 60 x 40"):
         ready(folder)
+
+
+def test_unchecked_images_are_named_when_they_fail(folder):
+    (folder / "train" / "train1.jpg").write_bytes(b"no image")
+    Image.new("RGB", (5, 5)).save(folder / "train" / "train2.jpg")
+    dataset = ready(folder, check=False).datasets["train"]
+    with pytest.raises(DataError, match=r"train1.jpg: cannot be read"):
+        dataset[0]
+    with pytest.raises(DataError, match=r"train2.jpg: is 5 x 5, listed as \(40, 60\)"):
+        dataset[1]
 
 
 # RLE
@@ -436,6 +446,9 @@ def test_voc_folders_are_read(tmp_path):
     ], "difficult objects do not count, as in VOC's evaluation"
     with pytest.raises(DataError, match="come without masks"):
         ready(tmp_path, masks=True)
+    assert [target["labels"].tolist() for _, target in whole(ready(tmp_path, classes=["dog"]))] == [[], []]
+    with pytest.raises(DataError, match="no object is a 'cow'; there are cat, dog"):
+        ready(tmp_path, classes=["dog", "cow"])
 
 
 def test_faults_of_voc_folders_are_reported(tmp_path):
