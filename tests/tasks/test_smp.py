@@ -4,6 +4,7 @@ import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
+from packaging.version import Version
 from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoder
 from torch import nn
 
@@ -12,11 +13,13 @@ from backbones import UnknownBackbone, WeightsError, backbone_info, list_backbon
 from backbones.errors import InputError
 from backbones_tasks.smp import Encoder, Levels
 
-MODELS = [name for name in smp.MODEL_ARCHITECTURES_MAPPING if name != "dpt"]
+OLD_SMP = Version(smp.__version__) < Version("0.6")
+REFUSED = {"dpt", "unetplusplus", "linknet"} if OLD_SMP else {"dpt"}
+MODELS = [name for name in smp.MODEL_ARCHITECTURES_MAPPING if name not in REFUSED]
 
 
 def test_the_models_are_those_that_smp_has():
-    assert len(MODELS) >= 11
+    assert len(MODELS) >= 9
     with pytest.raises(ValueError, match=r"Only Timm encoders are supported for DPT.*backbones-vit_tiny_patch16"):
         smp.DPT("backbones-vit_tiny_patch16", encoder_weights=None)
 
@@ -173,6 +176,7 @@ def test_a_model_that_was_built_on_published_weights_loads_without_them(tmp_path
         assert torch.equal(again(images), model(images))
 
 
+@pytest.mark.skipif(OLD_SMP, reason="freeze_encoder came with smp 0.6")
 def test_freezing_the_encoder_as_smp_does_holds():
     model = smp.Unet("backbones-edgevit_xxs", encoder_weights=None)
     model.freeze_encoder()
