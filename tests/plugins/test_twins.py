@@ -68,9 +68,9 @@ def test_svt_attends_in_windows_and_globally_by_turns_and_pcpvt_globally():
     def kinds(name):
         return [[type(b.attn).__name__ for b in stage.blocks] for stage in build_backbone(name).stages]
 
-    both = ["WindowAttention", "GlobalAttention"]
+    both = ["WindowAttention", "SpatialReductionAttention"]
     assert kinds("twins_svt_small") == [both, both, 5 * both, 2 * both]
-    assert kinds("twins_pcpvt_small") == [["GlobalAttention"] * depth for depth in (3, 4, 6, 3)]
+    assert kinds("twins_pcpvt_small") == [["SpatialReductionAttention"] * depth for depth in (3, 4, 6, 3)]
 
 
 @pytest.mark.parametrize("name", SMALL)
