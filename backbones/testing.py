@@ -323,6 +323,7 @@ def check_drop_path(build: Build) -> None:
 def check_gradients(build: Build) -> None:
     """Gradients of the maps reach every parameter that learns."""
     model = build()
+    _disturb(model)  # branches whose last norm starts at zero let no gradient through at first
     sum(m.square().mean() for m in model(_images(model, 70, 90))).backward()
     learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
     # A bias may have none for a reason: one that shifts all logits of a softmax alike changes nothing.
@@ -387,8 +388,7 @@ def check_norm_eval(build: Build) -> None:
 def check_state_dict(build: Build) -> None:
     """Saved and loaded into a fresh model, a state gives the same maps."""
     model = build()
-    for p in model.parameters():
-        p.data.add_(torch.randn_like(p), alpha=0.01)
+    _disturb(model)
     model.train()
     with torch.no_grad():
         model(_images(model, 64, 64))  # statistics move
@@ -692,6 +692,11 @@ def _seeded(seed: int) -> Iterator[None]:
 
 def _images(model: Backbone, height: int, width: int) -> Tensor:
     return torch.randn(2, model.in_chans, height, width)
+
+
+def _disturb(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.data.add_(torch.randn_like(p), alpha=0.01)
 
 
 def _expected_shapes(model: Backbone, batch: int, height: int, width: int) -> list[tuple[int, int, int, int]]:

@@ -73,8 +73,19 @@ class StateLost(Good):
         return [m + self.seen for m in super().forward_features(images)]
 
 
+class StartsAtZero(Good):
+    def stage(self, in_chans, out_chans, stride):
+        stage = super().stage(in_chans, out_chans, stride)
+        nn.init.zeros_(stage[1].weight)
+        return stage
+
+
 def failures(backbone, **options):
     return {r.check: r.message for r in check_backbone(backbone, slow=False, **options) if r.outcome == "failed"}
+
+
+def test_branches_that_start_at_zero_are_no_unused_parameters():
+    CHECKS["gradients"](StartsAtZero)
 
 
 def test_a_good_backbone_passes_every_quick_check():
