@@ -4,12 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .classifier import build_classifier
     from .detector import build_detector
     from .segmenter import build_segmenter
 
-_MODULES = {"build_detector": "detector", "build_segmenter": "segmenter"}
+_MODULES = {"build_classifier": "classifier", "build_detector": "detector", "build_segmenter": "segmenter"}
 
-__all__ = ["build_detector", "build_segmenter"]
+__all__ = ["build_classifier", "build_detector", "build_segmenter"]
 
 
 def __getattr__(name: str):
