@@ -81,6 +81,8 @@ class Backbone(nn.Module, metaclass=_Finished):
     own_layout: ClassVar[str] = "own"
     #: Parts that published classification checkpoints do not hold, or hold for other classes.
     new_parts: ClassVar[tuple[str, ...]] = ("head", "out_norms")
+    #: Options, beside `pretrained`, that only say which weights to load; a saved model is built without them.
+    weight_options: ClassVar[tuple[str, ...]] = ()
     #: Which parameters are the stem's, and which belong to block m of stage n, for layer-wise lr decay.
     stem_pattern: ClassVar[str] = r"^stem"
     block_pattern: ClassVar[str] = r"^stages\.(\d+)\.blocks\.(\d+)"

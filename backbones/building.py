@@ -45,8 +45,9 @@ def build(plugin: Plugin, spec: BackboneSpec, options: Mapping[str, Any]) -> "Ba
     _check_model(plugin, spec, model, options)
     model.spec = spec
     model.canonical_name = plugin.canonical(spec)
-    model.build_options = recorded
-    model.unsaved_options = sorted(options.keys() - recorded.keys())
+    kept = options.keys() - model.weight_options
+    model.build_options = {name: value for name, value in recorded.items() if name in kept}
+    model.unsaved_options = sorted(kept - recorded.keys())
     model.pretrained_cfg["architecture"] = spec.name
     if pretrained:
         from .weights import load_pretrained

@@ -96,11 +96,11 @@ def load_pretrained(model: "Backbone", spec: BackboneSpec, pretrained: bool | st
     Args:
         model: the backbone, just built.
         spec: its spec, which lists published weights.
-        pretrained: True for the spec's first weights, one of its tags, or a path to a file or to a folder of
-            `save_pretrained`.
+        pretrained: True, or torchvision's word "DEFAULT", for the spec's first weights, one of its tags, or a path
+            to a file or to a folder of `save_pretrained`.
     """
     tags = {row.tag: row for row in spec.weights}
-    if pretrained is True:
+    if pretrained is True or pretrained == "DEFAULT":
         if not spec.weights:
             raise WeightsError(f"{spec.name} has no published weights; pass pretrained=PATH to a checkpoint")
         row = spec.weights[0]

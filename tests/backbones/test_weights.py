@@ -342,7 +342,7 @@ def test_backbone_without_published_weights_says_so():
         load_pretrained(Tiny(), spec, True)
 
 
-@pytest.mark.parametrize("pretrained", [True, "in1k"])
+@pytest.mark.parametrize("pretrained", [True, "in1k", "DEFAULT"])
 def test_offline_without_a_cache_says_what_to_download_and_where_to_put_it(pretrained, offline):
     with pytest.raises(WeightsError, match="not in the local cache") as caught:
         build_backbone("pvt_v2_b0", pretrained=pretrained)
