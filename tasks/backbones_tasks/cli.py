@@ -5,7 +5,10 @@ from collections.abc import Sequence
 
 from backbones.errors import InputError, MissingDependency
 
-TASKS = {"segmentation": "backbones_tasks.segmentation:SegmentationTask"}
+TASKS = {
+    "segmentation": "backbones_tasks.segmentation:SegmentationTask",
+    "detection": "backbones_tasks.detection:DetectionTask",
+}
 
 
 def fit(argv: Sequence[str]) -> int:

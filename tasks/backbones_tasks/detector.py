@@ -29,6 +29,7 @@ from .models import BackboneLike, HoldsBackbone, backbone_options, make_backbone
 ARCHITECTURES = ("faster_rcnn", "mask_rcnn", "cascade_rcnn", "retinanet", "fcos")
 DENSE = ("retinanet", "fcos")
 MASKED = ("mask_rcnn",)
+BATCH_NORMS = ("train", "frozen", "sync")
 
 # Names that all architectures take, and torchvision's names of them in R-CNNs.
 _BOX_OPTIONS = {name: f"box_{name}" for name in ("score_thresh", "nms_thresh", "detections_per_img")}
@@ -74,19 +75,14 @@ def build_detector(
     Raises:
         InputError: an unknown architecture or option, or a backbone whose maps do not fit
     """
-    find_architecture(architecture)
+    check_options(architecture, {"fpn_channels": fpn_channels, "batch_norm": batch_norm, **options})
     if num_classes < 2:
         raise InputError(f"num_classes={num_classes}: the background counts, so that a detector has at least 2 classes")
-    if architecture == "fcos" and (fpn_channels % 32 or fpn_channels < 64):
-        raise InputError(f"fpn_channels={fpn_channels}: the group norms of fcos need a multiple of 32, from 64 on")
-    _check_options(architecture, options)
     body = _make_body(architecture, backbone)
     if batch_norm == "frozen":
         body = freeze_batch_norm_2d(body)
     elif batch_norm == "sync":
         body = convert_sync_batchnorm(body)
-    elif batch_norm != "train":
-        raise InputError(f"batch_norm={batch_norm!r} is unknown; choose from 'train', 'frozen' and 'sync'")
     extra = LastLevelP6P7(fpn_channels, fpn_channels) if architecture in DENSE else LastLevelMaxPool()
     neck = FeaturePyramid(body, fpn_channels, extra, extra_levels=2 if architecture in DENSE else 1)
     mean, std = _statistics(body, options)
@@ -97,11 +93,22 @@ def build_detector(
     return model.to(memory_format=torch.channels_last)
 
 
-def find_architecture(architecture: str) -> type[nn.Module]:
-    """The class of an architecture; `InputError` with the nearest name if there is none."""
+def check_options(architecture: str, options: Mapping[str, Any]) -> None:
+    """Raise InputError where `build_detector` would, as far as that is known without a backbone."""
     if architecture not in ARCHITECTURES:
         raise InputError(f"unknown architecture {architecture!r}; {nearest(architecture, ARCHITECTURES)}")
-    return _CLASSES[architecture]
+    known = _known_options(architecture)
+    for option in options:
+        if option not in known:
+            raise InputError(f"{architecture} has no option {option!r}; {nearest(option, sorted(known))}")
+    for ours, theirs in _BOX_OPTIONS.items():
+        if ours in options and theirs in options:
+            raise InputError(f"{ours} and {theirs} are the same option; give one of them")
+    channels = options.get("fpn_channels", 256)
+    if architecture == "fcos" and (channels % 32 or channels < 64):
+        raise InputError(f"fpn_channels={channels}: the group norms of fcos need a multiple of 32, from 64 on")
+    if options.get("batch_norm", "train") not in BATCH_NORMS:
+        raise InputError(f"batch_norm={options['batch_norm']!r} is unknown; choose from {', '.join(BATCH_NORMS)}")
 
 
 class FeaturePyramid(nn.Module):
@@ -131,6 +138,11 @@ class FeaturePyramid(nn.Module):
         self.scales = self.strides[:1]
         for stride in self.strides[1:]:
             self.scales.append(max(stride, 2 * self.scales[-1]))
+
+    @property
+    def canonical_name(self) -> str:
+        """That of the body."""
+        return self.body.canonical_name
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         return self.fpn(OrderedDict((str(i), m) for i, m in enumerate(self.body(images))))
@@ -380,7 +392,7 @@ def _known_options(architecture: str) -> set[str]:
     """Names of what `build_detector` takes beside its own parameters."""
     theirs = next(c for c in _CLASSES[architecture].__mro__ if c.__module__.startswith("torchvision."))
     known = {name for name in inspect.signature(theirs).parameters if name not in ("backbone", "num_classes", "kwargs")}
-    known |= {"size_divisible", "fixed_size", "_skip_resize", *_BOX_OPTIONS}
+    known |= {"fpn_channels", "batch_norm", "size_divisible", "fixed_size", "_skip_resize", *_BOX_OPTIONS}
     if architecture != "fcos":
         known |= {"anchor_sizes", "aspect_ratios"}
     if architecture not in DENSE:
@@ -390,16 +402,6 @@ def _known_options(architecture: str) -> set[str]:
     if architecture == "cascade_rcnn":  # these differ from head to head
         known -= {"box_head", "box_predictor", "box_fg_iou_thresh", "box_bg_iou_thresh", "bbox_reg_weights"}
     return known
-
-
-def _check_options(architecture: str, options: Mapping[str, Any]) -> None:
-    known = _known_options(architecture)
-    for option in options:
-        if option not in known:
-            raise InputError(f"{architecture} has no option {option!r}; {nearest(option, sorted(known))}")
-    for ours, theirs in _BOX_OPTIONS.items():
-        if ours in options and theirs in options:
-            raise InputError(f"{ours} and {theirs} are the same option; give one of them")
 
 
 def _make_body(architecture: str, backbone: BackboneLike) -> nn.Module:

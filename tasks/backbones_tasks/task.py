@@ -53,6 +53,8 @@ class Task(LightningModule):
 
     #: What is trained; its `backbone` is the backbone.
     model: nn.Module
+    #: Where results go that are more than scores; None for nowhere.
+    folder: Path | None = None
 
     def __init__(
         self,
@@ -93,6 +95,10 @@ class Task(LightningModule):
         if name is None:
             raise InputError(f'model.backbone: the options {sorted(backbone)} lack "name"')
         backbone_info(name)  # an unknown name is refused here, with the nearest one
+
+    @classmethod
+    def link(cls, parser: Any) -> None:
+        """Link options of the data to those of the model, beside `linked`, on jsonargparse's parser."""
 
     def describe(self) -> str:
         """What is trained, in a few words."""

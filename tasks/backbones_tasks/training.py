@@ -78,6 +78,8 @@ def _evaluate(command: str, task: type[Task], own: argparse.Namespace, argv: lis
             f"{checkpoint} was trained on the classes {', '.join(trained['class_names'])}, but the data have "
             f"{', '.join(cli.datamodule.class_names)}"
         )
+    if is_run(checkpoint.parent.parent):
+        cli.model.folder = checkpoint.parent.parent
     measure = cli.trainer.validate if command == "validate" else cli.trainer.test
     measure(cli.model, cli.datamodule, ckpt_path=str(checkpoint), weights_only=True, verbose=False)
     if cli.trainer.is_global_zero:
@@ -131,6 +133,7 @@ class CommandLine(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name in self.task.linked:
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+        self.task.link(parser)
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
@@ -152,6 +155,7 @@ class CommandLine(LightningCLI):
         if run is None:
             options["logger"] = False
         elif not self.config.trainer.fast_dev_run:
+            self.model.folder = run
             callbacks += [EpochLog(run), PredictionPicture(run), *checkpoints(run, self.task.metric)]
             if self.config.trainer.logger is None:
                 options["logger"] = TensorBoardLogger(run, name="", version="tensorboard")
