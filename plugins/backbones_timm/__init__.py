@@ -1,0 +1,72 @@
+"""timm's models, as a plugin: found by name in a table of what was measured, so that listing them imports no torch."""
+
+from importlib.metadata import version
+
+from backbones import BackboneSpec, hookimpl
+
+from . import table
+
+BACKBONES_API = 1
+
+
+@hookimpl
+def register_backbones() -> list[BackboneSpec]:
+    """Nothing: the catalogue is too large to list beside other plugins' backbones."""
+    return []
+
+
+@hookimpl
+def catalogue() -> list[str]:
+    """Names of all models of the version of timm that the table was measured with."""
+    return list(table.models())
+
+
+@hookimpl
+def find_backbone(name: str) -> BackboneSpec | None:
+    """A model of the table; or, where a newer timm is installed, one that it has beside them, measured now."""
+    facts = table.models().get(name)
+    if facts is not None:
+        return describe(facts, table.weights(name))
+    if "." in name or not _is_newer(version("timm"), table.measured_with()):
+        return None
+    import timm
+
+    if not timm.is_model(name):
+        return None
+    from .measure import measure, published
+
+    return describe(measure(name), published(name))
+
+
+def describe(facts: table.Facts, weights: tuple = ()) -> BackboneSpec:
+    """The spec of a model."""
+    channels = facts.channels or (1,)
+    return BackboneSpec(
+        name=facts.name,
+        family=f"timm {facts.module}",
+        entry="backbones_timm.model:TimmBackbone",
+        channels=channels,
+        strides=(4, 8, 16, 32)[-len(channels) :],
+        defaults={"model_name": facts.name},
+        weights=weights,
+        params=facts.params or None,
+        options=_options(facts),
+        summary=facts.sizes,
+        paper="",
+        license="Apache-2.0",
+    )
+
+
+def _options(facts: table.Facts) -> tuple[str, ...]:
+    has = {
+        "img_size": bool(facts.side),
+        "pyramid": [level.stride for level in facts.levels] != [4, 8, 16, 32],
+        "output_stride": len(facts.output_strides) > 1,
+    }
+    return tuple(option for option, given in has.items() if given and not facts.refused)
+
+
+def _is_newer(installed: str, measured: str) -> bool:
+    from packaging.version import Version
+
+    return Version(installed) > Version(measured)

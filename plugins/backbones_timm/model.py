@@ -1,0 +1,354 @@
+"""Any model of timm (https://github.com/huggingface/pytorch-image-models) that yields maps, as a backbone."""
+
+import inspect
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import timm
+import torch.nn.functional as F
+from timm.layers import to_2tuple
+from timm.models import group_parameters
+from torch import Tensor, nn
+
+from backbones.backbone import Backbone
+from backbones.errors import InputError, MissingDependency
+from backbones.layers import ceil_div, crop_to, pad_to_multiple
+from backbones.pyramid import Pyramid
+from backbones.weights import KeyLayout
+
+from . import table
+from .layouts import key_layouts
+from .measure import create, measure
+
+STRIDES = (4, 8, 16, 32)
+PYRAMIDS = ("simple", "taps", "plain")
+
+_BASE_OPTIONS = set(inspect.signature(Backbone.__init__).parameters) - {"self"}
+
+
+class Source(NamedTuple):
+    """Where a map of the pyramid comes from: which of timm's, how wide, at which stride; and what it becomes."""
+
+    index: int
+    width: int
+    own_stride: int
+    stride: int
+    channels: int
+
+
+def sources(levels: Sequence[table.Level], blocks: int, pyramid: str) -> list[Source]:
+    """Of each map of the pyramid, the nearest of timm's maps.
+
+    Args:
+        levels: timm's maps of distinct strides.
+        blocks: how many of one stride there are; 0 where strides differ.
+        pyramid: as in `TimmBackbone`.
+    """
+    if pyramid == "plain":
+        return [Source(level.index, level.channels, level.stride, level.stride, level.channels) for level in levels]
+    found = []
+    for stride, share in zip(STRIDES, (1 / 3, 1 / 2, 2 / 3, 1), strict=True):
+        nearest = min(levels, key=lambda level, to=stride: (abs(math.log2(level.stride / to)), -level.stride))
+        index = round(blocks * share) - 1 if pyramid == "taps" else nearest.index
+        (channels,) = Pyramid.channels(nearest.channels, nearest.stride, (stride,), halve=pyramid == "simple")
+        found.append(Source(index, nearest.channels, nearest.stride, stride, channels))
+    return found
+
+
+class TimmBackbone(Backbone):
+    """A model of timm, its maps at strides 4, 8, 16 and 32.
+
+    Maps that it has at these strides are handed on as they are; those that it lacks are made from the nearest.
+    Its parameters keep timm's names, under `model.`.
+
+    Args:
+        model_name: timm's name, without a tag.
+        img_size: side, or (height, width), of the images to build for, where the model needs to know;
+            those of its published weights unless given. Smaller images are padded to it.
+        pyramid: how the maps that the model lacks are made: "simple" (ViTDet: each up-sampling halves the width),
+            "taps" (BEiT: each map from a block of its own, widths stay; for models of one stride) or "plain" (not
+            at all).
+        num_classes: of the classifier; timm's default for the model unless given.
+        global_pool: of the classifier; timm's default for the model unless given.
+        **options: those of `backbones.Backbone`, and any that timm's constructor takes.
+
+    Raises:
+        InputError: the model cannot keep the promise of a backbone, or does not take an option.
+        MissingDependency: the installed timm does not have the model.
+    """
+
+    own_layout = "timm"
+
+    def __init__(
+        self,
+        model_name: str,
+        img_size: int | tuple[int, int] | None = None,
+        pyramid: str = "simple",
+        num_classes: int | None = None,
+        global_pool: str | None = None,
+        **options: Any,
+    ):
+        if not timm.is_model(model_name):
+            raise MissingDependency(
+                f"timm {version('timm')}, which is installed, has no model {model_name!r}; timm "
+                f"{table.measured_with()} has it: run `pip install --upgrade timm`"
+            )
+        common = {key: options.pop(key) for key in _BASE_OPTIONS & options.keys()}
+        features_only = common.get("features_only", True)
+        if img_size is not None:
+            options["img_size"] = to_2tuple(img_size)
+        facts = table.models().get(model_name)
+        if facts is None or options:
+            facts = measure(model_name, **options)
+        if pyramid not in PYRAMIDS:
+            raise InputError(f"pyramid={pyramid!r} is unknown; choose from 'simple', 'taps' and 'plain'")
+        if features_only and facts.refused:
+            raise InputError(f"timm/{model_name} cannot be a backbone: {facts.refused}")
+        if pyramid == "taps" and not facts.blocks:
+            raise InputError(
+                f"timm/{model_name} has maps of several strides, and no blocks of one stride for pyramid='taps'; "
+                "use 'simple'"
+            )
+        self.output_strides = facts.output_strides
+        self.global_pools = (global_pool or "avg",)
+        self.sources = sources(facts.levels, facts.blocks, pyramid) if features_only else []
+        super().__init__(
+            channels=[source.channels for source in self.sources] or facts.channels or [1],
+            strides=[source.stride for source in self.sources] or STRIDES[-len(facts.channels) or 3 :],
+            num_classes=1000 if num_classes is None else num_classes,
+            global_pool=global_pool or "avg",
+            **common,
+        )
+        self.model_name = model_name
+        self.facts = facts
+        self.size_divisor = facts.divisor
+
+        options |= facts.options | {"in_chans": self.in_chans}
+        if self.drop_path_rate:
+            options["drop_path_rate"] = self.drop_path_rate
+        if self.output_stride != 32:
+            options["output_stride"] = self.output_stride
+        if not features_only:
+            given = {"num_classes": num_classes, "global_pool": global_pool, "drop_rate": self.drop_rate or None}
+            options |= {key: value for key, value in given.items() if value is not None}
+        self.model = self._create(options)
+        self.pretrained_cfg = dict(self.model.pretrained_cfg)
+        self.num_features = self.model.num_features
+        if features_only:
+            self._keep_maps()
+        else:
+            self.num_classes = getattr(self.model, "num_classes", self.num_classes)
+            self.global_pool = getattr(self.model, "global_pool", self.global_pool)
+
+    # What the model is made of
+
+    def _create(self, options: Mapping[str, Any]) -> nn.Module:
+        name = f"timm/{self.model_name}"
+        try:
+            model = create(
+                self.model_name, pad_convolutions=self.facts.pad_convolutions and self.features_only, **options
+            )
+        except TypeError as error:
+            found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if found and found[1] in ("drop_path_rate", "global_pool", "drop_rate"):
+                raise InputError(f"{name} has no {found[1]}; leave it out") from error
+            raise
+        if self.drop_path_rate and not any(getattr(m, "drop_prob", 0) for m in model.modules()):
+            raise InputError(f"{name} has no stochastic depth; leave drop_path_rate out")
+        return model
+
+    def _keep_maps(self) -> None:
+        """Leaves in the model what the maps asked for need, and adds what makes those that it lacks."""
+        wanted = [self.sources[i] for i in self.out_indices]
+        self.taken = sorted({source.index for source in wanted})
+        self.model.prune_intermediate_layers(self.taken, prune_norm=True, prune_head=True)
+        for name, parameter in self.model.named_parameters():
+            if name in self.facts.unused:
+                parameter.requires_grad_(False)  # else distributed training waits for its gradient
+        self.pyramid = nn.ModuleDict(
+            {
+                str(source.stride): Pyramid(
+                    source.width, source.own_stride, (source.stride,), halve=source.channels != source.width
+                )
+                for source in wanted
+                if source.stride != source.own_stride
+            }
+        )
+
+    # What it does
+
+    def pad(self, images: Tensor) -> Tensor:
+        """Images as timm's model takes them."""
+        height, width = images.shape[-2:]
+        if self.facts.side:
+            allowed = self.facts.side
+            if height > allowed[0] or width > allowed[1]:
+                raise InputError(
+                    f"timm/{self.model_name} is built for images of up to {allowed[0]} x {allowed[1]}, got "
+                    f"{height} x {width}; build it with img_size=({height}, {width}) or more"
+                )
+            return F.pad(images, (0, allowed[1] - width, 0, allowed[0] - height))
+        if self.facts.minimum > self.size_divisor:
+            images = F.pad(images, (0, max(0, self.facts.minimum - width), 0, max(0, self.facts.minimum - height)))
+        return pad_to_multiple(images, self.size_divisor)
+
+    def forward(self, images: Tensor) -> list[Tensor] | Tensor:
+        """Feature maps of images (B, in_chans, H, W); with `features_only=False`, what timm's model returns."""
+        if self.features_only:
+            return super().forward(images)
+        self._check_images(images)
+        return self.model(self.pad(images))
+
+    def forward_features(self, images: Tensor) -> dict[int, Tensor] | Tensor:
+        """Maps by index; of a classifier, what timm's `forward_features` returns."""
+        images = self.pad(images)
+        if not self.features_only:
+            return self.model.forward_features(images)
+        maps = self.model.forward_intermediates(
+            images, indices=self.taken, stop_early=True, output_fmt="NCHW", intermediates_only=True
+        )
+        by_index = dict(zip(self.taken, maps, strict=True))
+        return {i: self._level(self.sources[i], by_index[self.sources[i].index], images) for i in self.out_indices}
+
+    def _level(self, source: Source, x: Tensor, images: Tensor) -> Tensor:
+        if source.stride == source.own_stride:
+            return x
+        (x,) = self.pyramid[str(source.stride)]([x])
+        return crop_to(x, *(ceil_div(side, source.stride) for side in images.shape[-2:]))
+
+    def forward_head(self, features: Any, pre_logits: bool = False) -> Tensor:
+        """Logits of what `forward_features` returns; with `pre_logits`, what the last layer sees."""
+        return self.model.forward_head(features, pre_logits=pre_logits)
+
+    def get_classifier(self) -> nn.Module:
+        return self.model.get_classifier()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the classifier by a fresh one for `num_classes`, as timm does; 0 for none."""
+        if self.features_only:
+            raise InputError(f"timm/{self.model_name}: build it with features_only=False to have a classifier")
+        like = next(self.parameters())
+        self.model.reset_classifier(num_classes, *([global_pool] if global_pool else []))
+        self.model.to(device=like.device, dtype=like.dtype)
+        self.num_classes = num_classes
+        self.global_pool = global_pool or self.global_pool
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Turns timm's own activation checkpointing on or off.
+
+        Raises:
+            InputError: the model has none.
+        """
+        self.checkpointing = enable
+        try:
+            self.model.set_grad_checkpointing(enable)
+        except (AssertionError, AttributeError, TypeError) as error:
+            if enable:
+                raise InputError(f"timm/{self.model_name} has no activation checkpointing; leave it out") from error
+
+    def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
+        """timm's own layers, one pattern each, in timm's convention."""
+        by_layer = sorted(self._layers(coarse).items(), key=lambda item: item[1])
+        patterns = []
+        for layer, names in groupby(by_layer, key=lambda item: item[1]):
+            alternatives = "|".join(re.escape(name) for name, _ in names)
+            patterns.append((rf"^model\.(?:{alternatives})$", (layer,)))
+        return {"layers": patterns}
+
+    def no_weight_decay(self) -> set[str]:
+        names = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()
+        return {f"model.{name}" for name in names}
+
+    def freezable(self) -> list[list[nn.Module | nn.Parameter]]:
+        """The stem, then what ends in each of the model's maps; of models of one stride, quarters of the blocks."""
+        layers = self._layers()
+        ends = [self._last_layer(name, layers) for name in self._stage_names()]
+        stages: list[list[nn.Module | nn.Parameter]] = [[] for _ in range(len(ends) + 1)]
+
+        def stage_of(name: str) -> int:
+            if layers[name] == 0:
+                return 0
+            return 1 + next((i for i, end in enumerate(ends) if layers[name] <= end), len(ends) - 1)
+
+        for found, part in _largest_parts(self.model, stage_of):
+            stages[found].append(part)
+        return stages
+
+    def _stage_names(self) -> list[str]:
+        """timm's names of the modules that end a stage, as far as they are built."""
+        info = list(self.model.feature_info)
+        blocks = self.facts.blocks
+        indices = [math.ceil(blocks * n / 4) - 1 for n in (1, 2, 3, 4)] if blocks else []
+        indices = indices or [level.index for level in self.facts.levels] or range(len(info))
+        last = self.taken[-1] if self.features_only else len(info)
+        return [info[i]["module"] for i in indices if i <= last or i == indices[0]]
+
+    def _layers(self, coarse: bool = False) -> dict[str, int]:
+        """Parameter names of timm's model to the number of their layer, the stem's being 0."""
+        if hasattr(self.model, "group_matcher"):
+            return group_parameters(self.model, self.model.group_matcher(coarse=coarse), reverse=True)
+        names = [name for name, _ in self.model.named_parameters()]
+        pattern = r"[^.\d]+\.\d+" if coarse else r"[^.\d]+(\.\d+)+"
+        keys = [found[0] if (found := re.match(pattern, name)) else "" for name in names]
+        order = {key: i for i, key in enumerate(dict.fromkeys(["", *keys]))}
+        last = max(order.values(), default=0)
+        seen, layers = False, {}
+        for name, key in zip(names, keys, strict=True):
+            seen |= bool(key)
+            layers[name] = order[key] if key else (last if seen else 0)
+        return layers
+
+    def _last_layer(self, module: str, layers: Mapping[str, int]) -> int:
+        inside = [layer for name, layer in layers.items() if name.startswith(f"{module}.")]
+        if inside:
+            return max(inside)
+        before = 0
+        for name, part in self.model.named_modules():  # a module without parameters ends with what comes before it
+            if name == module:
+                break
+            before = max(
+                [before, *(layers[f"{name}.{p}".lstrip(".")] for p, _ in part.named_parameters(recurse=False))]
+            )
+        return before
+
+    # Weights
+
+    @property
+    def key_layouts(self) -> tuple[KeyLayout, ...]:
+        return key_layouts(self.model, self.model_name)
+
+    @property
+    def new_parts(self) -> tuple[str, ...]:
+        return ("pyramid", "out_norms", *(f"model.{name}" for name in self._classifiers()))
+
+    def adapt_table(self, name: str, value: Tensor, checkpoint: Mapping[str, Tensor]) -> Tensor:
+        """The rows of a classifier that was trained with a class for the background, without it."""
+        offset = self.pretrained_cfg.get("label_offset") or 0
+        is_classifier = name.rpartition(".")[0] in [f"model.{c}" for c in self._classifiers()]
+        own = self.state_dict()[name]
+        return value[offset:] if offset and is_classifier and len(value) == len(own) + offset else value
+
+    def _classifiers(self) -> tuple[str, ...]:
+        names = self.pretrained_cfg.get("classifier") or ()
+        return (names,) if isinstance(names, str) else tuple(names)
+
+    def _make_head(self) -> None:
+        """timm's model has its own."""
+
+
+def _largest_parts(
+    module: nn.Module, stage_of: Any, prefix: str = ""
+) -> Iterator[tuple[int, nn.Module | nn.Parameter]]:
+    """Modules, as large as may be, and single parameters, each with the one stage that all of it belongs to."""
+    found = {stage_of(prefix + name) for name, _ in module.named_parameters()}
+    if len(found) == 1 and prefix:
+        yield found.pop(), module
+        return
+    for name, parameter in module.named_parameters(recurse=False):
+        yield stage_of(prefix + name), parameter
+    for name, child in module.named_children():
+        yield from _largest_parts(child, stage_of, f"{prefix}{name}.")

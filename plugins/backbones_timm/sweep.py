@@ -1,0 +1,166 @@
+"""Whether timm's models keep the promise: `python -m backbones_timm.sweep` builds the smallest of each module.
+
+Each is called at its own size, at 256 x 320 and at 250 x 333, here and by timm's own `features_only=True`. Beside
+the sizes of the maps, their values are checked: an image's maps depend on its last pixels and on no other image.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import timm
+import torch
+from torch import Tensor
+
+from backbones import InputError, build_backbone
+from backbones.layers import ceil_div
+
+from . import table
+
+STRIDES = (4, 8, 16, 32)
+SIZES = ((256, 320), (250, 333))
+# What models that are built for a size are built for, so that they take all of SIZES: windows of 8, then of 7 patches.
+IMG_SIZES = ((256, 352), (448, 448))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of one model.
+
+    Args:
+        ours: "kept", "kept with img_size=...", or why the plugin refuses.
+        timms: "kept", or what timm's own maps are or raise.
+        difference: largest one between our maps and timm's, of strides that both have, over timm's largest value;
+            None where timm has none or images are padded.
+    """
+
+    module: str
+    name: str
+    ours: str
+    timms: str
+    difference: float | None
+
+    def __str__(self) -> str:
+        difference = "" if self.difference is None else f" (maps differ by {self.difference:.0e})"
+        return f"{self.module}: {self.name}: {self.ours} | timm: {self.timms}{difference}"
+
+
+def smallest_of_each_module() -> dict[str, str]:
+    """Module of timm to its model with the fewest parameters."""
+    by_size = sorted(table.models().values(), key=lambda facts: -facts.params)
+    return dict(sorted((facts.module, facts.name) for facts in {facts.module: facts for facts in by_size}.values()))
+
+
+def judge(name: str) -> Verdict:
+    """Builds a model both ways, with the same random weights, and compares it with what is promised."""
+    facts = table.models()[name]
+    native = facts.side or timm.get_pretrained_cfg(name).input_size[1:]
+    sizes = (native, *SIZES)
+    ours = _promise(name, sizes)
+    timms = _of_timm(name, sizes)
+    return Verdict(facts.module, name, ours, timms, _difference(name, native))
+
+
+@torch.no_grad()
+def _promise(name: str, sizes: Sequence[tuple[int, int]]) -> str:
+    refusal = ""
+    for options in ({}, *({"img_size": size} for size in IMG_SIZES)):
+        torch.manual_seed(0)
+        try:
+            model = build_backbone(f"timm/{name}", **options).eval()
+            for size in sizes if not options else SIZES:
+                check(model, size)
+        except InputError as error:
+            refusal = refusal or f"refused: {error}"
+            continue
+        except Exception as error:
+            if not options:
+                raise
+            refusal += f"; with {options} {type(error).__name__}: {str(error).splitlines()[0]}"
+            continue
+        return "kept" + (f" with img_size={options['img_size']}" if options else "")
+    return refusal
+
+
+def check(model: Callable[[Tensor], list[Tensor]], size: tuple[int, int]) -> None:
+    """Raises AssertionError where the maps of a backbone with four levels are not what is promised."""
+    images = torch.randn(2, 3, *size)
+    maps = model(images)
+    shapes = [tuple(m.shape) for m in maps]
+    expected = [(2, c, *(ceil_div(side, s) for side in size)) for c, s in zip(model.out_channels, STRIDES, strict=True)]
+    assert shapes == expected, f"at {size} maps are {shapes}, not {expected}"
+    assert all(m.isfinite().all() for m in maps), f"at {size} values are not finite"
+    for both, alone in zip(maps, model(images[:1]), strict=True):
+        worst = (both[:1] - alone).abs().max() / alone.abs().max().clamp(min=1e-6)
+        assert worst < 1e-3, f"at {size} an image's maps change by {worst:.0e} with what else is in the batch"
+    changed = images.clone()
+    changed[..., -4:, -4:] += 5 * torch.randn(2, 3, *changed[..., -4:, -4:].shape[-2:])
+    for stride, before, after in zip(STRIDES, maps, model(changed), strict=True):
+        assert not torch.equal(before[..., -1, -1], after[..., -1, -1]), (
+            f"at {size} the last cell at stride {stride} does not see the last pixels"
+        )
+
+
+@torch.no_grad()
+def _of_timm(name: str, sizes: Sequence[tuple[int, int]]) -> str:
+    """What timm's own feature maps lack, at the first size where they lack anything."""
+    try:
+        model = timm.create_model(name, features_only=True).eval()
+        for height, width in sizes:
+            maps = model(torch.randn(1, 3, height, width))
+            info = zip(model.feature_info.channels(), model.feature_info.reduction(), strict=True)
+            exact = {
+                stride
+                for m, (channels, stride) in zip(maps, info, strict=True)
+                if m.shape[1:] == (channels, ceil_div(height, stride), ceil_div(width, stride))
+            }
+            if not exact >= set(STRIDES):
+                shapes = ", ".join("x".join(map(str, m.shape[1:])) for m in maps)
+                return f"at {height}x{width} maps of {shapes}, told as strides {model.feature_info.reduction()}"
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:90]}"
+    return "kept"
+
+
+@torch.no_grad()
+def _difference(name: str, native: Sequence[int]) -> float | None:
+    facts = table.models()[name]
+    if facts.refused or facts.pad_convolutions or any(side % facts.divisor for side in native):
+        return None
+    images = torch.randn(1, 3, *native)
+    torch.manual_seed(0)
+    ours = build_backbone(f"timm/{name}", pyramid="plain").eval()
+    torch.manual_seed(0)
+    try:
+        model = timm.create_model(name, features_only=True, **facts.options).eval()
+        theirs = dict(zip(model.feature_info.reduction(), model(images), strict=True))
+    except Exception:  # it has no maps, which `_of_timm` tells
+        return None
+    pairs = [(m, theirs[s]) for s, m in zip(ours.strides, ours(images), strict=True) if s in theirs]
+    if not pairs or any(a.shape != b.shape for a, b in pairs):
+        return None
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints one line per module of timm, and how many keep the promise."""
+    parser = argparse.ArgumentParser(prog="python -m backbones_timm.sweep", description=main.__doc__)
+    parser.add_argument("names", nargs="*", help="models; the smallest of each module unless given")
+    args = parser.parse_args(arguments)
+    start = time.perf_counter()
+    verdicts = []
+    for name in args.names or smallest_of_each_module().values():
+        verdicts.append(judge(name))
+        print(verdicts[-1], flush=True)
+    ours = [verdict.ours for verdict in verdicts]
+    print(
+        f"{len(verdicts)} models in {time.perf_counter() - start:.0f} s: promise kept by {ours.count('kept')}, with "
+        f"img_size by {sum(o.startswith('kept with') for o in ours)}, refused by "
+        f"{sum(o.startswith('refused') for o in ours)}; by timm's features_only, kept by "
+        f"{sum(v.timms == 'kept' for v in verdicts)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
