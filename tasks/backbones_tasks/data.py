@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 
 from .folders import Classes, Pair, check_pairs, find_pairs, read_classes
 from .images import read_image, read_mask
-from .loading import DataModule, mix
+from .loading import DataModule, seeded
 from .shapes import CLASSES as SHAPE_CLASSES
 from .shapes import draw_scene
 
@@ -51,8 +51,7 @@ class FolderDataset(Dataset):
         image = tv_tensors.Image(v2.functional.pil_to_tensor(read_image(pair.image)))
         mask = tv_tensors.Mask(torch.from_numpy(self.classes.indices(read_mask(pair.mask))))
         if self.augment is not None:
-            with torch.random.fork_rng(devices=[]):  # transforms draw from the global generator
-                torch.default_generator.manual_seed(mix(self.seed, epoch, index))
+            with seeded(self.seed, epoch, index):
                 image, mask = self.augment(image, mask)
         return image.as_subclass(torch.Tensor).float() / 255, mask.as_subclass(torch.Tensor).long()
 

@@ -7,7 +7,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from pytorch_lightning.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.ops import box_area, masks_to_boxes
@@ -16,10 +15,10 @@ from torchvision.transforms import v2
 from . import rle
 from .coco_folder import CocoFiles, CocoFolder
 from .data import PAD_COLOUR, ShapesOptions
-from .faults import Faults, count, report
+from .faults import Faults, count, tell
 from .folders import DataError
 from .images import UNREADABLE, read_image
-from .loading import AspectRatioBatches, DataModule, EpochSampler, mix
+from .loading import AspectRatioBatches, DataModule, EpochSampler, seeded
 from .samples import Sample, check_images, ground_truth
 from .shapes import CLASSES as SHAPE_CLASSES
 from .shapes import Scene, draw_scene
@@ -51,8 +50,7 @@ class DetectionDataset(Dataset):
         sample = self.samples[index]
         image, target = tv_tensors.Image(v2.functional.pil_to_tensor(_read(sample))), sample.target()
         if self.augment is not None:
-            with torch.random.fork_rng(devices=[]):  # transforms draw from the global generator
-                torch.default_generator.manual_seed(mix(self.seed, epoch, index))
+            with seeded(self.seed, epoch, index):
                 image, target = self.augment(image, target)
             masks = target.get("masks")
             # summing in float32 is exact, and fifteen times as fast as in int64
@@ -252,13 +250,10 @@ class DetectionData(DataModule):
         return super().loader(dataset, collate_fn=collate, **options)
 
     def _tell(self, faults: list[tuple[Faults, list[Sample]]]) -> None:
-        told = report(found for found, _ in faults)
-        if told and self.faults == "fatal":
-            raise DataError(f"{told}\nmend them, or leave them out: --data.faults drop")
-        if told:
-            images = sum(len(samples) for _, samples in faults)
-            objects = sum(len(sample.labels) for _, samples in faults for sample in samples)
-            rank_zero_warn(f"{told}\nwithout them there are {count(images, 'image')} with {count(objects, 'object')}")
+        images = sum(len(samples) for _, samples in faults)
+        objects = sum(len(sample.labels) for _, samples in faults for sample in samples)
+        left = f"{count(images, 'image')} with {count(objects, 'object')}"
+        tell((found for found, _ in faults), self.faults, left)
         for found, samples in faults:
             if not samples:
                 raise DataError(f"{found.source}: no image is left")

@@ -2,6 +2,11 @@
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Literal
+
+from pytorch_lightning.utilities import rank_zero_warn
+
+from .folders import DataError
 
 SHOWN = 5  # of each kind
 
@@ -12,10 +17,10 @@ class Faults:
     Args:
         source: the file that lists the split.
         root: the data's folder, which files are named relative to.
-        images, objects: how many are listed.
+        images, objects: how many are listed; None for data that have no objects.
     """
 
-    def __init__(self, source: Path, root: Path, images: int = 0, objects: int = 0):
+    def __init__(self, source: Path, root: Path, images: int = 0, objects: int | None = 0):
         self.source, self.root, self.images, self.objects = source, root, images, objects
         self.found: dict[str, list[str]] = {}
 
@@ -32,7 +37,9 @@ class Faults:
 
     def __str__(self) -> str:
         head = f"{self.source}: {count(len(self), 'fault')} in "
-        head += f"{count(self.images, 'image')} with {count(self.objects, 'object')}"
+        head += count(self.images, "image")
+        if self.objects is not None:
+            head += f" with {count(self.objects, 'object')}"
         return "\n".join([head, *self._lines()])
 
     def _lines(self) -> Iterator[str]:
@@ -44,6 +51,15 @@ class Faults:
 def report(faults: Iterable[Faults]) -> str:
     """The faults of several splits; empty if there are none."""
     return "\n".join(str(found) for found in faults if len(found))
+
+
+def tell(faults: Iterable[Faults], policy: Literal["fatal", "drop"], left: str) -> None:
+    """Raise the report, or warn by it and say what is left; nothing where there are no faults."""
+    told = report(faults)
+    if told and policy == "fatal":
+        raise DataError(f"{told}\nmend them, or leave them out: --data.faults drop")
+    if told:
+        rank_zero_warn(f"{told}\nwithout them there are {left}")
 
 
 def count(number: int, noun: str) -> str:

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -15,6 +16,14 @@ from .folders import DataError
 def mix(*numbers: int) -> int:
     """One seed from several numbers; neighbours give unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+@contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """Transforms draw from torch's global generator: within, from a seed of their own, and it is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(mix(*numbers))
+        yield
 
 
 class EpochSampler(Sampler[tuple[int, int]]):

@@ -26,16 +26,16 @@ class Scene:
     boxes: np.ndarray
 
 
-def draw_scene(seed: int | tuple[int, ...], size: int = 96) -> Scene:
+def draw_scene(seed: int | tuple[int, ...], size: int = 96, shapes: int | None = None) -> Scene:
     """Draw two to four overlapping shapes on a `size` x `size` picture; equal seeds give equal scenes.
 
     The outline decides the class. Each class also has a hue, from which single shapes stray a little: a strong cue,
-    so that a network can learn from nothing within minutes.
+    so that a network can learn from nothing within minutes. With `shapes`, there are as many.
     """
     rng = np.random.default_rng(seed)
     image = _background(rng, size)
     masks, labels = [], []
-    for _ in range(rng.integers(2, 5)):
+    for _ in range(rng.integers(2, 5) if shapes is None else shapes):
         label = int(rng.integers(1, len(CLASSES)))
         radius = size * rng.uniform(0.17, 0.32)
         centre = rng.uniform(0.5 * radius, size - 0.5 * radius, 2)
