@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar, WeightAveraging
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 from .pictures import save_curves
 
@@ -95,7 +96,7 @@ class PredictionPicture(Callback):
     def __init__(self, run: Path):
         self.file = run / "predictions.png"
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         score, best = trainer.callback_metrics.get(pl_module.metric), trainer.checkpoint_callback.best_model_score
         if not trainer.is_global_zero or score is None or (best is not None and score <= best):
             return
@@ -105,6 +106,42 @@ class PredictionPicture(Callback):
         with torch.inference_mode(), trainer.precision_plugin.forward_context():
             pl_module.save_picture(self.file, [dataset[i] for i in chosen])
         pl_module.train()
+
+
+class AveragedWeights(WeightAveraging):
+    """A moving average of the weights, which is what is validated, pictured and saved.
+
+    Args:
+        decay: of the average, reached by and by: (1 + n) / (10 + n) after n steps is what it is at first.
+    """
+
+    def __init__(self, decay: float):
+        def average(averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
+            if not averaged.is_floating_point():  # counters of batch norms
+                return current
+            return averaged.lerp(current, 1 - min(decay, (1 + int(count)) / (10 + int(count))))
+
+        super().__init__(avg_fn=average)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_epoch_start(trainer, pl_module)
+        _tell_caches(pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Later, see below: pictures are of the averaged weights, too."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_epoch_end(trainer, pl_module)
+        _tell_caches(pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        _tell_caches(pl_module)
+
+
+def _tell_caches(module: torch.nn.Module) -> None:
+    """Lightning swaps weights behind autograd's back, and tables that were computed from them must not stay."""
+    torch.autograd.graph.increment_version([*module.parameters(), *module.buffers()])
 
 
 class Progress(TQDMProgressBar):

@@ -4,33 +4,41 @@ import argparse
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
 from pytorch_lightning import LightningDataModule, LightningModule
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler, PolyLRScheduler
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
 
 from backbones import backbone_info
 from backbones.errors import InputError
 
 from .cli import TASKS
-from .data import mix
+from .loading import mix
+from .models import nearest
 
 
 class Task(LightningModule):
     """A model and all that its training needs; one subclass for each of `cli.TASKS`.
 
     Args:
+        optimizer: one of timm's, by name
+        optimizer_options: its own, such as `betas` or `momentum`
         lr: learning rate of the last layers, after warm-up
-        weight_decay: of AdamW; norms and biases have none
+        weight_decay: norms, biases and position tables have none
         layer_decay: factor to the learning rate per layer towards the input; 1 is off, 0.65 to 0.9 suits fine-tuning
-        schedule: how the learning rate falls, step by step, to zero
-        poly_power: exponent of the "poly" schedule
+        schedule: how the learning rate falls, step by step: one of timm's, by name
+        schedule_options: its own, as `timm.scheduler.create_scheduler_v2` has them, such as `decay_rate`, which is the
+            exponent of "poly" (0.9 unless given), or `decay_milestones` in epochs
         warmup: share of all steps in which the learning rate rises linearly
+        ema: decay of a moving average of the weights, which is then what is measured and saved; 0 is off, 0.999 to
+            0.9999 are usual
         num_classes: number of classes
         class_names: their names
         seed: decides drop path and dropout, step by step, so that a resumed run equals an uninterrupted one
@@ -59,12 +67,15 @@ class Task(LightningModule):
     def __init__(
         self,
         *,
+        optimizer: str = "adamw",
+        optimizer_options: dict[str, Any] | None = None,
         lr: float = 1e-3,
         weight_decay: float = 0.05,
         layer_decay: float = 1.0,
-        schedule: Literal["cosine", "poly"] = "cosine",
-        poly_power: float = 0.9,
+        schedule: str = "cosine",
+        schedule_options: dict[str, Any] | None = None,
         warmup: float = 0.1,
+        ema: float = 0.0,
         num_classes: int = 2,
         class_names: list[str] | None = None,
         seed: int = 0,
@@ -72,12 +83,15 @@ class Task(LightningModule):
         super().__init__()
         self.save_hyperparameters(
             {
+                "optimizer": optimizer,
+                "optimizer_options": optimizer_options or {},
                 "lr": lr,
                 "weight_decay": weight_decay,
                 "layer_decay": layer_decay,
                 "schedule": schedule,
-                "poly_power": poly_power,
+                "schedule_options": schedule_options or {},
                 "warmup": warmup,
+                "ema": ema,
                 "num_classes": num_classes,
                 "class_names": class_names or [f"class {i}" for i in range(num_classes)],
                 "seed": seed,
@@ -95,6 +109,14 @@ class Task(LightningModule):
         if name is None:
             raise InputError(f'model.backbone: the options {sorted(backbone)} lack "name"')
         backbone_info(name)  # an unknown name is refused here, with the nearest one
+        optimizers = list_optimizers()
+        if options.optimizer.lower() not in optimizers:
+            raise InputError(
+                f"model.optimizer={options.optimizer!r} is unknown; {nearest(options.optimizer, optimizers)}"
+            )
+        make_schedule(vars(options), SGD([torch.zeros(1)], lr=1.0), steps=10, epochs=2)
+        if not 0 <= options.ema < 1:
+            raise InputError(f"model.ema={options.ema} must be at least 0 and under 1")
 
     @classmethod
     def link(cls, parser: Any) -> None:
@@ -150,32 +172,31 @@ class Task(LightningModule):
         # drop path and dropout draw from here on: the same in a resumed run as in an uninterrupted one
         torch.manual_seed(mix(self.hparams["seed"], self.current_epoch, batch_idx, self.global_rank))
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW with a learning rate per layer, and a schedule per step, both timm's."""
+    def make_optimizer(self) -> Optimizer:
+        """timm's optimizer with a learning rate per layer; norms, biases and position tables do not decay."""
         options = self.hparams
         optimizer = create_optimizer_v2(
             self.model,
-            opt="adamw",
+            opt=options["optimizer"],
             lr=options["lr"],
             weight_decay=options["weight_decay"],
             layer_decay=options["layer_decay"] if options["layer_decay"] < 1 else None,
+            **options["optimizer_options"],
         )
+        for group in optimizer.param_groups:  # the schedule, which scales them by layer, begins with the first step
+            group["lr"] = options["lr"] * group.get("lr_scale", 1.0)
+        return optimizer
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimizer, and timm's schedule step by step."""
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise InputError("the schedule needs an end: set --trainer.max_epochs or --trainer.max_steps")
-        kind, extra = (
-            (CosineLRScheduler, {})
-            if options["schedule"] == "cosine"
-            else (PolyLRScheduler, {"power": options["poly_power"]})
-        )
-        scheduler = kind(
-            optimizer,
-            t_initial=steps,
-            warmup_t=round(options["warmup"] * steps),
-            warmup_lr_init=options["lr"] / 100,
-            t_in_epochs=False,
-            **extra,
-        )
+        optimizer = self.make_optimizer()
+        epochs = steps * self.trainer.accumulate_grad_batches / self.trainer.num_training_batches
+        scheduler = make_schedule(self.hparams, optimizer, steps, epochs)
+        if scheduler is None:  # "none"
+            return {"optimizer": optimizer}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
@@ -187,6 +208,28 @@ class Task(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # The schedule is a function of the step alone; restoring its state would undo a changed --trainer.max_epochs.
         checkpoint["lr_schedulers"] = []
+
+
+def make_schedule(options: Mapping[str, Any], optimizer: Optimizer, steps: int, epochs: float) -> Scheduler | None:
+    """timm's learning-rate schedule of a task's options, stepped by batch over all `steps`; None for "none"."""
+    name = options["schedule"]
+    own = {"decay_rate": 0.9} if name == "poly" else {}
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=name,
+            num_epochs=epochs,
+            warmup_epochs=options["warmup"] * epochs,
+            warmup_lr=options["lr"] / 100,
+            step_on_epochs=False,
+            updates_per_epoch=steps / epochs,
+            **own | (options["schedule_options"] or {}),
+        )
+    except (TypeError, ValueError, AssertionError) as error:  # a wrong option or name, or one that goes by epochs
+        raise InputError(f"model.schedule={name!r}, schedule_options={options['schedule_options']}: {error}") from error
+    if scheduler is None and name != "none":  # what timm has long said of a name that it does not know
+        raise InputError(f"model.schedule={name!r}: Unknown scheduler")
+    return scheduler
 
 
 class Normalise(nn.Module):

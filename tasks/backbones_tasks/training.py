@@ -17,7 +17,16 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from backbones.errors import InputError
 
-from .callbacks import AtomicCheckpointIO, EpochLog, PredictionPicture, Progress, checkpoints, quiet, read_metrics
+from .callbacks import (
+    AtomicCheckpointIO,
+    AveragedWeights,
+    EpochLog,
+    PredictionPicture,
+    Progress,
+    checkpoints,
+    quiet,
+    read_metrics,
+)
 from .runs import is_run, new_run, newest_run, read_checkpoint
 from .task import Task, find_task
 
@@ -25,7 +34,8 @@ SHORTHANDS = {"--backbone": "--model.backbone", "--data": "--data.root"}
 EPILOG = (
     "shorthands: --backbone NAME (or '{name: NAME, option: value}') is --model.backbone, --data DIR is --data.root. "
     "--out DIR is the run folder, by default the next of runs/TASK-001, -002, ... "
-    "--ckpt_path last (or best, or a file) goes on with a run: the newest, or the one in --out."
+    "--ckpt_path last (or best, or a file) goes on with a run: the newest, or the one in --out. "
+    "--print_groups prints the learning rate and weight decay of every parameter instead of training."
 )
 
 
@@ -46,6 +56,9 @@ def _fit(task: type[Task], own: argparse.Namespace, argv: list[str]) -> int:
     run, checkpoint = _find_run(task.name, own)
     if run is not None and (run / "config.yaml").is_file() and not own.has_config:
         argv = ["--config", str(run / "config.yaml"), *argv]
+    if own.print_groups:
+        print_groups(CommandLine("fit", task, argv).model)
+        return 0
     cli = CommandLine("fit", task, argv, lambda: run or new_run(task.name, own.out))
     run, trainer = cli.run_folder, cli.trainer
     if trainer.is_global_zero:
@@ -160,6 +173,8 @@ class CommandLine(LightningCLI):
             if self.config.trainer.logger is None:
                 options["logger"] = TensorBoardLogger(run, name="", version="tensorboard")
             options["default_root_dir"] = str(run)
+        if self.claim_run and self.config.model.ema:
+            callbacks.append(AveragedWeights(self.config.model.ema))
         self.trainer_defaults["callbacks"] = callbacks
         return super().instantiate_trainer(plugins=[AtomicCheckpointIO()], **options)
 
@@ -177,6 +192,27 @@ def write_config(cli: CommandLine, file: Path) -> None:
     """Save the resolved configuration; `--config` takes it again."""
     file.parent.mkdir(parents=True, exist_ok=True)
     cli.parser.save(cli.config, file, skip_none=False, overwrite=True)
+
+
+def print_groups(task: Task) -> None:
+    """Print the optimizer's groups: learning rate at its highest, weight decay, parameters and their names."""
+    names = {parameter: name for name, parameter in task.model.named_parameters()}
+    print(f"{'lr':>9}  {'decay':>5}  {'tensors':>7}  {'parameters':>11}  names")
+    groups = sorted(task.make_optimizer().param_groups, key=lambda group: (group["lr"], group["weight_decay"]))
+    for group in groups:
+        numbers = sum(p.numel() for p in group["params"])
+        shown = _shortened([names[p] for p in group["params"]])
+        print(f"{group['lr']:9.2e}  {group['weight_decay']:5.2f}  {len(group['params']):7}  {numbers:11,}  {shown}")
+    frozen = [name for parameter, name in names.items() if not parameter.requires_grad]
+    if frozen:
+        print(f"{'frozen':>9}  {'':5}  {len(frozen):7}  {'':11}  {_shortened(frozen)}")
+
+
+def _shortened(names: list[str], most: int = 4) -> str:
+    """The numbered modules that parameters belong to, each once: `stages.0.blocks.1` for all that is in it."""
+    owners = list(dict.fromkeys(re.sub(r"^(.*\.\d+)\..*|\.(?:weight|bias)$", r"\1", name) for name in names))
+    more = f" and {len(owners) - most} more" if len(owners) > most else ""
+    return ", ".join(owners[:most]) + more
 
 
 def report(run: Path, task: Task, data: LightningDataModule) -> None:
@@ -199,6 +235,7 @@ def _own_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--out")
     parser.add_argument("--ckpt_path")
+    parser.add_argument("--print_groups", action="store_true")
     own, rest = parser.parse_known_args(list(argv))
     rest = [re.sub(r"^(--backbone|--data)(?==|$)", lambda match: SHORTHANDS[match[1]], argument) for argument in rest]
     own.has_config = any(re.match(r"(-c|--config)(=|$)", argument) for argument in rest)

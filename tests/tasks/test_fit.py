@@ -18,6 +18,7 @@ from PIL import Image
 
 from backbones.cli import main
 from backbones_tasks.callbacks import AtomicCheckpointIO
+from backbones_tasks.data import ShapesDataset
 from backbones_tasks.prediction import load_task
 from backbones_tasks.segmentation import SegmentationTask
 from backbones_tasks.training import CommandLine
@@ -80,6 +81,10 @@ def same(a, b):
         ("--backbone=pvt_v2_b9", "did you mean 'pvt_v2_b"),
         ("--backbone={drop_path_rate: 0.1}", 'lack "name"'),
         ("--model.decoder=smp/unte", "did you mean 'smp/unet'?"),
+        ("--model.optimizer=rmspropp", "did you mean 'rmsprop'?"),
+        ("--model.schedule=cosinus", "model.schedule='cosinus'"),
+        ("--model.schedule_options={decay_rat: 1}", "unexpected keyword argument 'decay_rat'"),
+        ("--model.ema=1", "model.ema=1.0 must be at least 0 and under 1"),
         ("--config=typo.yaml", "did you mean 'model.lr'?"),
     ],
 )
@@ -145,6 +150,68 @@ def test_a_run_that_broke_off_goes_on_exactly(trained, workplace, monkeypatch):
     assert rows(run, "seconds", "peak_memory_mb") == rows(trained, "seconds", "peak_memory_mb")
     assert same(weights(run), weights(trained))
     assert same(weights(run, "best"), weights(trained, "best"))
+
+
+def test_averaged_weights_are_what_is_measured_saved_and_gone_on_from(workplace, monkeypatch):
+    averaged = ["--model.ema=0.9", "--model.optimizer=lamb", "--model.schedule=multistep", DROP_PATH]
+    averaged.append("--model.schedule_options={decay_milestones: [2], decay_rate: 0.5}")
+    assert fit(*averaged, "--out", "whole") == 0
+    saved = torch.load("whole/checkpoints/last.ckpt", weights_only=True)
+    assert not same(saved["state_dict"], saved["current_model_state"])
+    assert [float(row["lr"]) for row in rows(workplace / "whole")] == pytest.approx([1e-3, 5e-4, 5e-4])
+    monkeypatch.delenv("BACKBONES_RUN")
+    assert main(["validate", "segmentation", "--ckpt_path", "last", "--out", "whole"]) == 0
+
+    step = SegmentationTask.training_step
+
+    def breaks_off(self, batch, batch_idx):
+        if self.current_epoch == 1 and batch_idx == 2:
+            raise RuntimeError("power cut")
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SegmentationTask, "training_step", breaks_off)
+        with pytest.raises(RuntimeError, match="power cut"):
+            fit(*averaged, "--out", "broken")
+    assert main(["fit", "segmentation", "--out", "broken", "--ckpt_path", "last"]) == 0
+    assert same(weights(workplace / "whole"), weights(workplace / "broken"))
+    assert rows(workplace / "whole", "seconds", "peak_memory_mb") == rows(
+        workplace / "broken", "seconds", "peak_memory_mb"
+    )
+
+
+def test_scores_and_pictures_are_those_of_the_averaged_weights(workplace, monkeypatch, capsys):
+    pictured = []
+    picture = SegmentationTask.save_picture
+
+    def keep(self, file, samples):
+        pictured.append(self(samples[0][0][None]))
+        picture(self, file, samples)
+
+    monkeypatch.setattr(SegmentationTask, "save_picture", keep)
+    assert fit("--model.ema=0.9", "--trainer.max_epochs=1", "--out", "run") == 0
+    last = workplace / "run/checkpoints/last.ckpt"
+    task = load_task(last, "segmentation")
+    data = ShapesDataset(4, 32, "val", 0)
+    with torch.inference_mode():
+        torch.testing.assert_close(task(data[0][0][None]), pictured[0])
+    capsys.readouterr()
+    assert main(["validate", "segmentation", "--ckpt_path", str(last)]) == 0
+    loss = float(capsys.readouterr().out.split("val_loss")[1].split()[0])
+    assert loss == pytest.approx(float(rows(workplace / "run")[0]["val_loss"]), abs=1e-4)
+
+
+def test_the_groups_of_the_optimizer_are_printed(capsys):
+    assert fit("--print_groups", "--backbone=vit_tiny_patch16", "--model.layer_decay=0.75", "--model.lr=1") == 0
+    lines = [line.split(maxsplit=4) for line in capsys.readouterr().out.splitlines()[1:]]
+    for block in range(12):  # the decoder is layer 13, the embedding layer 0
+        rates = [float(lr) for lr, _, _, _, names in lines if names == f"backbone.blocks.{block}"]
+        assert rates == pytest.approx([0.75 ** (12 - block)] * 2, rel=1e-2)  # with and without weight decay
+    model = SegmentationTask("vit_tiny_patch16", num_classes=5, decoder_options={"decoder_channels": 8}).model
+    assert sum(int(number.replace(",", "")) for _, _, _, number, _ in lines) == sum(
+        p.numel() for p in model.parameters()
+    )
+    assert not Path("runs").exists()
 
 
 def test_drop_path_is_at_work(trained):
