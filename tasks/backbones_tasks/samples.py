@@ -1,5 +1,6 @@
 """Images and the objects in them, whatever format they were listed in."""
 
+import math
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -148,7 +149,7 @@ def box_fault(box: Any, height: int, width: int) -> str | None:
     if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, int | float) for value in box):
         return "box that is not four numbers"
     x, y, w, h = box
-    if not np.isfinite([x, y, w, h]).all():
+    if not all(map(math.isfinite, box)):
         return "box with a number that is not finite"
     if w <= 0 or h <= 0:
         return "box without area"

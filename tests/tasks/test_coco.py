@@ -214,7 +214,7 @@ def test_results_are_in_cocos_format(tmp_path):
     assert rle.encode(masks[0]["segmentation"], *SIZE) == truth["annotations"][0]["segmentation"]["counts"]
 
 
-def test_only_images_that_were_seen_count_and_each_once():
+def test_only_images_that_were_seen_count_and_each_once(tmp_path):
     truth = make_truth()
     evaluation = CocoEvaluation(truth, NAMES, masks=True)
     for image_id in (10, 20, 10, 10):
@@ -223,6 +223,8 @@ def test_only_images_that_were_seen_count_and_each_once():
     part["annotations"] = [entry for entry in truth["annotations"] if entry["image_id"] in (10, 20)]
     assert evaluation.compute() == pytest.approx(evaluate(part, noise=0.1, extra=2).compute(), nan_ok=True, abs=0)
     assert evaluation.compute()["box_AP"] != evaluate(truth, noise=0.1, extra=2).compute()["box_AP"]
+    evaluation.save(tmp_path)
+    assert [image["id"] for image in json.loads((tmp_path / "truth.json").read_text())["images"]] == [10, 20]
     evaluation.reset()
     assert math.isnan(evaluation.compute()["box_AP"])
 

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -355,6 +355,7 @@ def test_unchecked_images_are_named_when_they_fail(folder):
 # RLE
 
 
+@settings(deadline=None)
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 2**32))
 def test_counts_survive_encoding(height, width, seed):
     masks = np.random.default_rng(seed).random((3, height, width)) < 0.4
@@ -363,8 +364,15 @@ def test_counts_survive_encoding(height, width, seed):
     assert [rle.encode({"size": [height, width], "counts": c}, height, width) for c in counts] == counts
 
 
-@given(st.text(st.characters(min_codepoint=40, max_codepoint=120), max_size=12))
-def test_counts_are_sound_or_refused(counts):
+@settings(deadline=None)
+@given(
+    st.integers(0, 2**32), st.integers(0, 30), st.text(st.characters(min_codepoint=40, max_codepoint=120), max_size=2)
+)
+def test_counts_are_sound_or_refused(seed, place, text):
+    """pycocotools would read or write beyond its memory."""
+    counts = rle.encode_array(np.random.default_rng(seed).random((1, 6, 7)) < 0.3)[0]
+    place %= len(counts)
+    counts = counts[:place] + text + counts[place + 1 :]
     try:
         rle.encode({"size": [6, 7], "counts": counts}, 6, 7)
     except ValueError:
@@ -609,6 +617,12 @@ def test_batches_hold_images_of_similar_shape():
     plain = padding([keys[i : i + 4] for i in range(0, len(keys), 4)])
     print(f"padding {padding(batches):.1%}, without grouping {plain:.1%}")
     assert padding(batches) < plain / 3
+
+
+def test_leftovers_are_batched_by_shape_too():
+    sizes = [(100, 100 * 2**i) for i in range(8)]  # no two of similar shape
+    batches = list(AspectRatioBatches(EpochSampler(8, seed=0), sizes, 2))
+    assert [[index for _, index in batch] for batch in batches] == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
 def test_every_process_gets_equally_many_batches_of_an_epoch():
