@@ -1,0 +1,82 @@
+"""`backbones show KIND NAME [IMAGE]`: pictures of what a backbone does, on any backbone."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from backbones.errors import InputError, MissingDependency
+
+# Kind of picture: its module here, and its line in `backbones show --help`.
+KINDS = {
+    "pyramid": ("pyramid", "every level of the pyramid, its channels as colours by their principal components"),
+    "features": ("features", "single channels of one level"),
+    "attention": ("attention", "what the heads of a block attend to, and the roll-out of all blocks"),
+    "receptive-field": ("receptive_field", "how much each pixel sways the centre of each level"),
+    "positions": ("positions", "similarity of position embeddings, or relative position biases"),
+    "shift": ("shift", "how features change when the image moves by a few pixels, backbones side by side"),
+}
+
+
+def show(argv: Sequence[str]) -> int:
+    """Draws a picture and says where it is; errors are those of `build_backbone`, and InputError."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MissingDependency(
+            "backbones show needs matplotlib; run `pip install 'dense-backbones[train]'`"
+        ) from error
+    # Only the module of the kind that is asked for is imported, and torch with it.
+    asked = KINDS.keys() & argv[:1]
+    parser = argparse.ArgumentParser(prog="backbones show", description=__doc__)
+    kinds = parser.add_subparsers(metavar="KIND", required=True)
+    for name, (module, summary) in KINDS.items():
+        sub = kinds.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if name in asked:
+            kind = import_module(f".{module}", __name__)
+            _add_common_arguments(sub, several=kind.SEVERAL)
+            kind.add_arguments(sub)
+    args = parser.parse_args(list(argv))
+    return _draw(argv[0], kind, args)
+
+
+def _add_common_arguments(parser: argparse.ArgumentParser, several: bool) -> None:
+    parser.add_argument("name", metavar="NAME", help="a name from `backbones list`")
+    if several:
+        parser.add_argument("--backbone", nargs="+", default=[], metavar="NAME", help="further ones, beside it")
+    parser.add_argument(
+        "--pretrained",
+        nargs="*",
+        metavar="TAG|PATH",
+        help="weights, one for each backbone; alone, the first published ones; left out, random ones",
+    )
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of build_backbone")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs="+",
+        default=[448],
+        metavar="PX",
+        help="shorter side of the image, or height and width, cut out of its middle; default 448",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of random weights and of what else is drawn")
+    parser.add_argument("--device", help="cuda where there is one, else cpu")
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help="default NAME-KIND.png")
+
+
+def _draw(name: str, kind, args: argparse.Namespace) -> int:
+    from .subject import build_subjects, file_name
+
+    out = args.out or Path(f"{file_name(args.name)}-{name}.png")
+    if not out.absolute().parent.is_dir():  # before minutes of work
+        raise InputError(f"--out={out}: there is no folder {out.absolute().parent}")
+    photos = kind.photos(args)
+    figure = kind.draw(build_subjects(args), photos, args)
+    try:
+        figure.savefig(out, dpi=150)
+    except ValueError as error:  # a suffix that matplotlib does not know
+        raise InputError(f"--out={out}: {str(error).splitlines()[0]}") from error
+    print(out)
+    sys.stdout.flush()
+    return 0

@@ -1,0 +1,131 @@
+"""`backbones show receptive-field`: how much each pixel sways the centre cell of each level.
+
+The effective receptive field (Luo et al., https://arxiv.org/abs/1701.04128): the size of the gradient of the centre
+cell by each pixel, over images, photographs or noise.
+"""
+
+import argparse
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle
+from torch import Tensor
+
+from backbones import Backbone
+from backbones.errors import InputError
+
+from .panels import draw_map, rows_of_panels
+from .photo import Photo, image_size, read_photo
+from .subject import Subject
+
+SEVERAL = True
+SHARES = (0.5, 0.9)
+FLOOR = -4.0  # log10 of the smallest gradient, relative to the largest, that the colours tell from none
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", metavar="IMAGE", nargs="*", help="photographs; without any, images of noise")
+    parser.add_argument("--level", type=int, metavar="N", help="index of the map, as in out_indices; default: all")
+    parser.add_argument("--samples", type=int, default=8, metavar="N", help="gradients to average; default 8")
+
+
+def photos(args: argparse.Namespace) -> list[Photo]:
+    if args.samples < max(1, len(args.image)):
+        raise InputError(f"--samples={args.samples} must be at least 1, and one for each image")
+    size = image_size(args)
+    if len(args.image) > 1 and len(size) == 1:
+        size = (size[0], size[0])  # gradients are averaged pixel by pixel
+    return [read_photo(path, size) for path in args.image]
+
+
+def draw(subjects: Sequence[Subject], photos: Sequence[Photo], args: argparse.Namespace) -> Figure:
+    size = photos[0].size if photos else (args.size[0], args.size[-1])
+    rows = []
+    for subject in subjects:
+        levels = range(len(subject.model.strides)) if args.level is None else [subject.position(args.level)]
+        generator = torch.Generator().manual_seed(args.seed)
+        images = [subject.images(photo) for photo in photos] or _noise(size, args.samples, generator)
+        images = [images[i % len(images)].to(subject.device) for i in range(args.samples)]
+        rows.append((subject, levels, receptive_fields(subject.model, images, levels, generator)))
+    columns = max(len(levels) for _, levels, _ in rows)
+    figure, _, axes = rows_of_panels([subject.title for subject in subjects], columns, size[0] / size[1])
+    for row, (subject, levels, fields) in zip(axes, rows, strict=True):
+        for axis, level, field in zip(row, levels, fields, strict=False):
+            stride = subject.model.strides[level]
+            drawn = _draw_field(axis, field, stride)
+        bar = row[0].figure.colorbar(drawn, ax=row, shrink=0.9, aspect=15, extend="min")
+        bar.set_label("log10 of gradient / largest", fontsize=7)
+        bar.ax.tick_params(labelsize=7)
+    what = f"{len(photos)} photographs" if len(photos) > 1 else "a photograph" if photos else "images of noise"
+    figure.suptitle(
+        f"Effective receptive field of the centre cell on {what}, {size[1]} x {size[0]}; "
+        f"circles hold {' and '.join(f'{share:.0%}' for share in SHARES)} of the gradient",
+        fontsize=10,
+    )
+    return figure
+
+
+def receptive_fields(
+    model: Backbone, images: Iterable[Tensor], levels: Iterable[int], generator: torch.Generator
+) -> list[Tensor]:
+    """Size of the gradient of the centre cell of some levels by each pixel.
+
+    The cell's channels are projected on a random direction, another one for each image, so that the mean square of
+    the gradients estimates the squares summed over all channels. (A plain sum over the channels would not do: where a
+    LayerNorm has just made it constant, its gradient is zero.)
+
+    Args:
+        model: in eval mode.
+        images: (1, C, H, W) each, of one size.
+        levels: positions in the list of maps that the model returns.
+        generator: draws the directions, on the CPU.
+
+    Returns:
+        (H, W) of each level: the root of the mean square over the images, the squares summed over their channels.
+    """
+    levels = list(levels)
+    squares: list[Tensor | float] = [0.0] * len(levels)
+    count = 0
+    for image in images:
+        image = image.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            maps = model(image)
+            for i, level in enumerate(levels):
+                cell = maps[level][0, :, maps[level].shape[2] // 2, maps[level].shape[3] // 2]
+                direction = torch.randn(len(cell), generator=generator).to(cell)
+                (gradient,) = torch.autograd.grad(cell @ direction, image, retain_graph=level != levels[-1])
+                squares[i] = squares[i] + gradient[0].float().square().sum(0)
+        count += 1
+    return [(square / count).sqrt().cpu() for square in squares]
+
+
+def centre(field: Tensor, stride: int) -> tuple[float, float]:
+    """Middle, as (y, x) in pixels, of the cell whose gradient it is."""
+    return tuple((math.ceil(side / stride) // 2 + 0.5) * stride for side in field.shape)
+
+
+def radius(field: Tensor, stride: int, share: float) -> float:
+    """Pixels around the cell's middle that hold a share of the gradient: the radius of the circle."""
+    y, x = centre(field, stride)
+    rows = torch.arange(field.shape[0])[:, None] + 0.5 - y
+    columns = torch.arange(field.shape[1]) + 0.5 - x
+    distances, order = (rows.square() + columns.square()).sqrt().flatten().sort()
+    held = field.flatten()[order].double().cumsum(0)
+    return float(distances[min(int((held < share * held[-1]).sum()), len(held) - 1)])
+
+
+def _noise(size: tuple[int, int], count: int, generator: torch.Generator) -> list[Tensor]:
+    return [torch.randn(1, 3, *size, generator=generator) for _ in range(count)]
+
+
+def _draw_field(axis, field: Tensor, stride: int):
+    radii = [radius(field, stride, share) for share in SHARES]
+    logarithm = (field / field.max().clamp(min=1e-30)).clamp(min=1e-30).log10().numpy()
+    title = f"stride {stride}\n" + ", ".join(f"{s:.0%} in {r:.0f} px" for s, r in zip(SHARES, radii, strict=True))
+    drawn = draw_map(axis, logarithm, 1, tuple(field.shape), title, cmap="magma", vmin=FLOOR, vmax=0)
+    y, x = centre(field, stride)
+    for r, style in zip(radii, ("-", "--"), strict=True):
+        axis.add_patch(Circle((x, y), r, fill=False, edgecolor="cyan", linewidth=1, linestyle=style))
+    return drawn

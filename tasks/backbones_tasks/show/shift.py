@@ -1,0 +1,171 @@
+"""`backbones show shift`: how features change when the image moves by a few pixels, backbones side by side.
+
+A window slides over the photograph, so that no border comes into it. The features of the middle of the window are
+compared with those of the first window at the same place of the photograph, interpolated between its cells.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from backbones.errors import InputError
+
+from .panels import TITLE, ChannelColours, draw_map, rows_of_panels
+from .photo import Photo, image_size, read_photo
+from .subject import Subject
+
+SEVERAL = True
+WORST = 1.5  # change that the colours tell from more: unrelated features differ by the root of 2
+MARGIN = 0.25  # of each side: left out, because what is beyond the border comes into it
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a shift did to the features.
+
+    Args:
+        relative: norm of the change over the norm of the features, their mean over the cells taken off.
+        cosine: mean over the cells of the cosine similarity, the same mean taken off.
+        cells: (h, w): norm of the change of each cell, over the root mean square norm of a cell.
+    """
+
+    relative: float
+    cosine: float
+    cells: Tensor
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", metavar="IMAGE", help="a photograph")
+    parser.add_argument(
+        "--level", type=int, metavar="N", help="index of the map, as in out_indices; default: stride 16"
+    )
+
+
+def photos(args: argparse.Namespace) -> list[Photo]:
+    return [read_photo(args.image, image_size(args))]
+
+
+def draw(subjects: Sequence[Subject], photos: Sequence[Photo], args: argparse.Namespace) -> Figure:
+    (photo,) = photos
+    positions = [subject.position(args.level, stride=16) for subject in subjects]
+    strides = [subject.model.strides[position] for subject, position in zip(subjects, positions, strict=True)]
+    window = _window(photo, strides)
+    shifts = range(0, max(strides) + 1, max(1, max(strides) // 16))
+    headings = [f"{subject.title}: stride {stride}" for subject, stride in zip(subjects, strides, strict=True)]
+    figure, top, axes = rows_of_panels(headings, 5, window[0] / window[1], width=2.1, top=2.9)
+    image_axis, relative_axis, cosine_axis = top.subplots(1, 3)
+    _draw_windows(image_axis, photo, window, max(strides))
+    for subject, position, stride, row in zip(subjects, positions, strides, axes, strict=True):
+        maps = shifted_maps(subject, photo, position, window, sorted({*shifts[: stride // shifts.step + 1], stride}))
+        changes = {shift: change(maps[0], features, shift / stride) for shift, features in maps.items()}
+        for axis, values in (
+            (relative_axis, [c.relative for c in changes.values()]),
+            (cosine_axis, [c.cosine for c in changes.values()]),
+        ):
+            axis.plot(list(changes), values, marker="o", markersize=3, label=subject.name)
+        _draw_maps(row, stride, window, maps, changes)
+    for axis, name in ((relative_axis, "relative change"), (cosine_axis, "cosine similarity")):
+        axis.set_xlabel("shift (pixels)", fontsize=8)
+        axis.set_title(f"{name} of realigned features", fontsize=TITLE)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+    relative_axis.set_ylim(bottom=0)
+    relative_axis.legend(fontsize=8)
+    figure.suptitle(
+        "Features when the image is shifted; their change is told for the middle (white frame), realigned", fontsize=10
+    )
+    return figure
+
+
+def shifted_maps(
+    subject: Subject, photo: Photo, position: int, window: tuple[int, int], shifts: Sequence[int]
+) -> dict[int, Tensor]:
+    """By shift, a map (C, h, w) of the window of a photo that lies so many pixels to the right of the first."""
+    height, width = window
+    found = {}
+    for shift in shifts:
+        part = Photo(np.ascontiguousarray(photo.pixels[:height, shift : shift + width]))
+        found[shift] = subject.maps(part)[position]
+    return found
+
+
+def change(first: Tensor, shifted: Tensor, cells: float) -> Change:
+    """How features differ from those of the same place before.
+
+    Args:
+        first: (C, h, w) of the first window.
+        shifted: (C, h, w) of a window to the right of it.
+        cells: how far, in cells of the maps; up to 1.
+    """
+    whole = math.floor(cells)
+    share = cells - whole
+    rows, columns = (_middle(side) for side in first.shape[1:])
+    expected = [first[:, rows, columns.start + step : columns.stop + step] for step in (whole, whole + (share > 0))]
+    expected = torch.lerp(expected[0], expected[1], share)
+    found = shifted[:, rows, columns]
+    mean = expected.mean((1, 2), keepdim=True)
+    difference = (found - expected).norm(dim=0)
+    size = (expected - mean).norm(dim=0).square().mean().sqrt().clamp(min=1e-12)
+    cosine = torch.cosine_similarity(found - mean, expected - mean, dim=0)
+    return Change(
+        relative=float(difference.square().mean().sqrt() / size),
+        cosine=float(cosine.mean()),
+        cells=difference / size,
+    )
+
+
+def _middle(side: int) -> slice:
+    """Cells away from the borders, from which the neighbour to the right can be reached."""
+    margin = min(math.ceil(side * MARGIN), (side - 1) // 2)
+    return slice(margin, side - margin)
+
+
+def _window(photo: Photo, strides: Sequence[int]) -> tuple[int, int]:
+    """Height and width of the window: whole cells of every map, so that none is padded."""
+    unit = math.lcm(32, *strides)
+    height, width = photo.size
+    window = height // unit * unit, (width - max(strides)) // unit * unit
+    if min(window) < 4 * max(strides):
+        needed = -(-4 * max(strides) // unit) * unit
+        raise InputError(
+            f"the image of {height} x {width} is too small for shifts at stride {max(strides)}; "
+            f"--size {needed + unit} or more will do"
+        )
+    return window
+
+
+def _draw_windows(axis: Axes, photo: Photo, window: tuple[int, int], furthest: int) -> None:
+    draw_map(axis, photo.pixels, 1, photo.size, f"the window, and shifted by {furthest} px")
+    axis.set_axis_off()
+    for left, style in ((0, "-"), (furthest, "--")):
+        frame = Rectangle((left, 0), window[1], window[0], fill=False, edgecolor="cyan", linestyle=style, linewidth=1.5)
+        axis.add_patch(frame)
+
+
+def _draw_maps(
+    row: Sequence[Axes], stride: int, window: tuple[int, int], maps: dict[int, Tensor], changes: dict[int, Change]
+) -> None:
+    half = min(maps, key=lambda shift: abs(shift - stride / 2))
+    colours = ChannelColours(maps[0])
+    titles = {0: "not shifted", half: f"shifted by {half} px", stride: f"shifted by {stride} px"}
+    for axis, (shift, title) in zip(row, titles.items(), strict=False):
+        draw_map(axis, colours(maps[shift]), stride, window, title)
+    top, left = (_middle(side).start * stride for side in maps[0].shape[1:])
+    for axis, shift in zip(row[3:], (half, stride), strict=True):
+        drawn = axis.imshow(
+            changes[shift].cells.cpu().numpy(), cmap="magma", vmin=0, vmax=WORST, interpolation="nearest"
+        )
+        axis.set_title(f"change by {shift} px: {changes[shift].relative:.2g}", fontsize=TITLE)
+    row[0].add_patch(
+        Rectangle((left, top), window[1] - 2 * left, window[0] - 2 * top, fill=False, edgecolor="white", linewidth=1)
+    )
+    bar = row[4].figure.colorbar(drawn, ax=row[4], shrink=0.8, extend="max")
+    bar.ax.tick_params(labelsize=7)
