@@ -52,7 +52,6 @@ def describe(facts: table.Facts, weights: tuple = ()) -> BackboneSpec:
         params=facts.params or None,
         options=_options(facts),
         summary=facts.sizes,
-        paper="",
         license="Apache-2.0",
     )
 

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
+from inspect import Parameter, signature
 from typing import Any
 
 import timm
@@ -10,11 +12,11 @@ from torch import Tensor, nn
 
 from backbones.weights import KeyLayout
 
-#: Names of timm's own `features_only=True` models, where lists of modules are flattened.
-FEATURES_ONLY = KeyLayout(
-    "timm features_only", ((r"^(?:model\.|body\.)?", "model."), (r"^(model\.\w+?)_(\d+)\.", r"\1.\2."))
-)
 TIMM = KeyLayout("timm", ((r"^", "model."),))
+
+
+#: What timm's modules call the functions that convert official releases.
+_FILTERS = r"(checkpoint|pretrained|)_filter_(fn\w*|torchvision\w*)"
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,9 @@ class Filtered:
 
     def convert(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same weights under our names; nothing where the conversion cannot make sense of them."""
+        arguments = (dict(state), self.model)[: len(_required(self.function))]
         try:
-            converted = self.function(dict(state), self.model)
+            converted = self.function(*arguments)
         except Exception:  # it is offered every checkpoint, and what it raises for a strange one is its own affair
             return {}
         return {f"model.{key}": value for key, value in converted.items() if isinstance(value, Tensor)}
@@ -36,13 +39,19 @@ class Filtered:
 
 def key_layouts(model: nn.Module, model_name: str) -> tuple[KeyLayout | Filtered, ...]:
     """Layouts of checkpoints for a model: timm's, what timm converts, and others."""
-    module = __import__(timm.model_entrypoint(model_name).__module__, fromlist=["_"])
-    names = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained")
-    functions = [getattr(module, name) for name in names if hasattr(module, name)]
-    layouts = [Filtered("timm's conversion", model, function) for function in functions[:1]]
+    module = import_module(timm.model_entrypoint(model_name).__module__)
+    functions = [f for name, f in vars(module).items() if re.fullmatch(_FILTERS, name) and callable(f)]
+    layouts = [Filtered("timm's conversion", model, function) for function in functions]
     if hasattr(model, "conv_stem") and hasattr(model, "blocks"):
         layouts.append(efficientnet_pytorch(model))
-    return (*layouts, TIMM, FEATURES_ONLY)
+    return (*layouts, TIMM, features_only(model))
+
+
+def features_only(model: nn.Module) -> KeyLayout:
+    """timm's models with `features_only=True`, where the two outer levels of modules are one."""
+    outer = dict.fromkeys(tuple(name.split(".")[:2]) for name in model.state_dict() if name.count(".") > 1)
+    renames = [(rf"^{re.escape(a)}_{re.escape(b)}\.", f"model.{a}.{b}.") for a, b in outer]
+    return KeyLayout("timm features_only", ((r"^(model|body)\.", ""), *renames, (r"^(?!model\.)", "model.")))
 
 
 def efficientnet_pytorch(model: nn.Module) -> KeyLayout:
@@ -72,3 +81,7 @@ def efficientnet_pytorch(model: nn.Module) -> KeyLayout:
             renames.append((rf"^_blocks\.{count}\.", f"model.blocks.{i}.{j}."))
             count += 1
     return KeyLayout("EfficientNet-PyTorch", tuple(renames))
+
+
+def _required(function: Callable[..., Any]) -> list[Parameter]:
+    return [p for p in signature(function).parameters.values() if p.default is Parameter.empty]

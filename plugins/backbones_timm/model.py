@@ -116,9 +116,10 @@ class TimmBackbone(Backbone):
         self.output_strides = facts.output_strides
         self.global_pools = (global_pool or "avg",)
         self.sources = sources(facts.levels, facts.blocks, pyramid) if features_only else []
+        channels = [source.channels for source in self.sources] or list(facts.channels) or [1]
         super().__init__(
-            channels=[source.channels for source in self.sources] or facts.channels or [1],
-            strides=[source.stride for source in self.sources] or STRIDES[-len(facts.channels) or 3 :],
+            channels=channels,
+            strides=[source.stride for source in self.sources] or STRIDES[-len(channels) :],
             num_classes=1000 if num_classes is None else num_classes,
             global_pool=global_pool or "avg",
             **common,
@@ -128,8 +129,6 @@ class TimmBackbone(Backbone):
         self.size_divisor = facts.divisor
 
         options |= facts.options | {"in_chans": self.in_chans}
-        if self.drop_path_rate:
-            options["drop_path_rate"] = self.drop_path_rate
         if self.output_stride != 32:
             options["output_stride"] = self.output_stride
         if not features_only:
@@ -142,20 +141,24 @@ class TimmBackbone(Backbone):
             self._keep_maps()
         else:
             self.num_classes = getattr(self.model, "num_classes", self.num_classes)
-            self.global_pool = getattr(self.model, "global_pool", self.global_pool)
+            pool = getattr(self.model, "global_pool", None)  # a word, or the module that pools
+            self.global_pool = str(getattr(pool, "pool_type", pool) or self.global_pool)
 
     # What the model is made of
 
-    def _create(self, options: Mapping[str, Any]) -> nn.Module:
+    def _create(self, options: dict[str, Any]) -> nn.Module:
         name = f"timm/{self.model_name}"
+        pad_convolutions = self.facts.pad_convolutions and self.features_only
+        rate = {"drop_path_rate": self.drop_path_rate}  # also where it is 0, for some of timm's defaults are not
         try:
-            model = create(
-                self.model_name, pad_convolutions=self.facts.pad_convolutions and self.features_only, **options
-            )
+            model = create(self.model_name, pad_convolutions, **options, **rate)
         except TypeError as error:
             found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-            if found and found[1] in ("drop_path_rate", "global_pool", "drop_rate"):
-                raise InputError(f"{name} has no {found[1]}; leave it out") from error
+            option = found[1] if found else ""
+            if option == "drop_path_rate" and not self.drop_path_rate:
+                return create(self.model_name, pad_convolutions, **options)
+            if option in ("drop_path_rate", "drop_rate", "global_pool"):
+                raise InputError(f"{name} has no {option}; leave it out") from error
             raise
         if self.drop_path_rate and not any(getattr(m, "drop_prob", 0) for m in model.modules()):
             raise InputError(f"{name} has no stochastic depth; leave drop_path_rate out")
@@ -224,7 +227,8 @@ class TimmBackbone(Backbone):
         """Logits of what `forward_features` returns; with `pre_logits`, what the last layer sees."""
         return self.model.forward_head(features, pre_logits=pre_logits)
 
-    def get_classifier(self) -> nn.Module:
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
+        """The layer that yields the logits, or several, as timm's model has it."""
         return self.model.get_classifier()
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -329,8 +333,7 @@ class TimmBackbone(Backbone):
         """The rows of a classifier that was trained with a class for the background, without it."""
         offset = self.pretrained_cfg.get("label_offset") or 0
         is_classifier = name.rpartition(".")[0] in [f"model.{c}" for c in self._classifiers()]
-        own = self.state_dict()[name]
-        return value[offset:] if offset and is_classifier and len(value) == len(own) + offset else value
+        return value[offset:] if is_classifier and len(value) == self.num_classes + offset else value
 
     def _classifiers(self) -> tuple[str, ...]:
         names = self.pretrained_cfg.get("classifier") or ()

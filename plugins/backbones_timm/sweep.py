@@ -5,13 +5,14 @@ the sizes of the maps, their values are checked: an image's maps depend on its l
 """
 
 import argparse
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from backbones import InputError, build_backbone
 from backbones.layers import ceil_div
@@ -53,7 +54,7 @@ def smallest_of_each_module() -> dict[str, str]:
 
 
 def judge(name: str) -> Verdict:
-    """Builds a model both ways, with the same random weights, and compares it with what is promised."""
+    """Builds a model both ways, and compares the maps with what is promised, and with each other."""
     facts = table.models()[name]
     native = facts.side or timm.get_pretrained_cfg(name).input_size[1:]
     sizes = (native, *SIZES)
@@ -66,7 +67,6 @@ def judge(name: str) -> Verdict:
 def _promise(name: str, sizes: Sequence[tuple[int, int]]) -> str:
     refusal = ""
     for options in ({}, *({"img_size": size} for size in IMG_SIZES)):
-        torch.manual_seed(0)
         try:
             model = build_backbone(f"timm/{name}", **options).eval()
             for size in sizes if not options else SIZES:
@@ -129,11 +129,10 @@ def _difference(name: str, native: Sequence[int]) -> float | None:
     if facts.refused or facts.pad_convolutions or any(side % facts.divisor for side in native):
         return None
     images = torch.randn(1, 3, *native)
-    torch.manual_seed(0)
     ours = build_backbone(f"timm/{name}", pyramid="plain").eval()
-    torch.manual_seed(0)
     try:
         model = timm.create_model(name, features_only=True, **facts.options).eval()
+        share_weights(ours, model)
         theirs = dict(zip(model.feature_info.reduction(), model(images), strict=True))
     except Exception:  # it has no maps, which `_of_timm` tells
         return None
@@ -141,6 +140,15 @@ def _difference(name: str, native: Sequence[int]) -> float | None:
     if not pairs or any(a.shape != b.shape for a, b in pairs):
         return None
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+def share_weights(ours: nn.Module, theirs: nn.Module) -> None:
+    """Gives a `features_only=True` model of timm, where lists of modules are flattened, the weights of a backbone."""
+    own = {key.removeprefix("model."): value for key, value in ours.state_dict().items()}
+    names = {key: key.removeprefix("model.").removeprefix("body.") for key in theirs.state_dict()}
+    flat = {re.sub(r"^([^.]+)\.", r"\1_", key): key for key in own}
+    names = {key: name if name in own else flat.get(name) for key, name in names.items()}
+    theirs.load_state_dict({key: own[name] for key, name in names.items() if name in own}, strict=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -130,17 +130,15 @@ def test_more_of_the_table_says_what_is_measured(name):
 @pytest.mark.parametrize("name", ["resnet18", "test_efficientnet", "test_byobnet", "test_nfnet"])
 def test_networks_that_are_exact_are_not_padded(name):
     """Their maps are those of timm's own `features_only`, at a size that 32 does not divide."""
-    theirs = build_timm(name, features_only=True)
+    ours, theirs = build(name), build_timm(name, features_only=True)
+    sweep.share_weights(ours, theirs)
     by_stride = dict(zip(theirs.feature_info.reduction(), maps_of(theirs, 250, 333), strict=True))
-    ours = build(name)
     assert (ours.facts.divisor, ours.facts.minimum) == (1, 1)
     for stride, m in zip(ours.strides, maps_of(ours, 250, 333), strict=True):
         torch.testing.assert_close(m, by_stride[stride], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name", ["test_convnext", "test_vit", "test_mambaout", "test_maxvit", "vgg11", "test_vit_relpos"]
-)
+@pytest.mark.parametrize("name", ["test_convnext", "test_vit", "test_maxvit", "vgg11", "test_vit_relpos"])
 def test_the_others_are_padded_at_the_right_and_bottom(name):
     ours = build(name, pyramid="plain")
     theirs = build_timm(name, **ours.facts.options)
@@ -282,7 +280,7 @@ class TestOptions:
         rates = [m.drop_prob for m in build("test_vit", drop_path_rate=0.5).modules() if hasattr(m, "drop_prob")]
         assert max(rates) == 0.5
         part = build("test_vit", drop_path_rate=0.5, pyramid="taps", out_indices=(0,))
-        assert [m.drop_prob for m in part.modules() if hasattr(m, "drop_prob")] == rates[:4]
+        assert [m.drop_prob for m in part.modules() if hasattr(m, "drop_prob")] == rates[:2]
 
     @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
     def test_layers_are_timms_own(self, name):
@@ -396,8 +394,8 @@ class TestWeights:
 
     def test_weights_of_timms_features_only(self, randomise):
         """Lists of modules are flattened there."""
-        reference = randomise(timm.create_model("test_convnext", features_only=True))
-        report = load_weights(build("test_convnext"), reference.state_dict())
+        reference = randomise(timm.create_model("test_nfnet", features_only=True))
+        report = load_weights(build("test_nfnet"), reference.state_dict())
         assert report.share == 1
         assert report.layout == "timm features_only"
 
@@ -503,8 +501,8 @@ def test_real_weights_name_real_photographs(lite0, shared_data):
     top1 = (best[:, 0] == truth).float().mean().item()
     top5 = (best == truth[:, None]).any(1).float().mean().item()
     print(f"tf_efficientnet_lite0 on {len(rows)} photographs: top-1 {top1:.1%}, top-5 {top5:.1%}")
-    assert top1 >= 0.83
-    assert top5 >= 0.97
+    assert top1 > 0.82  # 83 and 97 of 100
+    assert top5 > 0.96
 
 
 # --- the promise --------------------------------------------------------------------------------------------
