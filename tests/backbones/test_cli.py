@@ -150,7 +150,7 @@ def test_help_lists_every_command(run_cli):
     for result in (run_cli("--help"), run_cli()):
         assert result.returncode == 0
         commands = {line.split()[0] for line in result.stdout.splitlines() if line.startswith("    ")}
-        assert commands >= {*COMMANDS, "fit", "validate", "test", "predict"}
+        assert commands >= {*COMMANDS, "fit", "validate", "test", "predict", "show"}
     for command in COMMANDS:
         assert f"usage: backbones {command}" in run_cli(command, "--help").stdout
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from backbones.errors import InputError, MissingDependency
 
@@ -27,18 +28,25 @@ def show(argv: Sequence[str]) -> int:
         raise MissingDependency(
             "backbones show needs matplotlib; run `pip install 'dense-backbones[train]'`"
         ) from error
-    # Only the module of the kind that is asked for is imported, and torch with it.
-    asked = KINDS.keys() & argv[:1]
+    args = build_parser(*argv[:1]).parse_args(list(argv))
+    return _draw(argv[0], args)
+
+
+def build_parser(asked: str = "") -> argparse.ArgumentParser:
+    """The command's parser, with the options of the kind that is asked for: no other is imported, nor torch for it."""
     parser = argparse.ArgumentParser(prog="backbones show", description=__doc__)
     kinds = parser.add_subparsers(metavar="KIND", required=True)
-    for name, (module, summary) in KINDS.items():
+    for name, (_, summary) in KINDS.items():
         sub = kinds.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-        if name in asked:
-            kind = import_module(f".{module}", __name__)
+        if name == asked:
+            kind = _load(name)
             _add_common_arguments(sub, several=kind.SEVERAL)
             kind.add_arguments(sub)
-    args = parser.parse_args(list(argv))
-    return _draw(argv[0], kind, args)
+    return parser
+
+
+def _load(kind: str) -> ModuleType:
+    return import_module(f".{KINDS[kind][0]}", __name__)
 
 
 def _add_common_arguments(parser: argparse.ArgumentParser, several: bool) -> None:
@@ -52,22 +60,15 @@ def _add_common_arguments(parser: argparse.ArgumentParser, several: bool) -> Non
         help="weights, one for each backbone; alone, the first published ones; left out, random ones",
     )
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of build_backbone")
-    parser.add_argument(
-        "--size",
-        type=int,
-        nargs="+",
-        default=[448],
-        metavar="PX",
-        help="shorter side of the image, or height and width, cut out of its middle; default 448",
-    )
     parser.add_argument("--seed", type=int, default=0, help="of random weights and of what else is drawn")
     parser.add_argument("--device", help="cuda where there is one, else cpu")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="default NAME-KIND.png")
 
 
-def _draw(name: str, kind, args: argparse.Namespace) -> int:
+def _draw(name: str, args: argparse.Namespace) -> int:
     from .subject import build_subjects, file_name
 
+    kind = _load(name)
     out = args.out or Path(f"{file_name(args.name)}-{name}.png")
     if not out.absolute().parent.is_dir():  # before minutes of work
         raise InputError(f"--out={out}: there is no folder {out.absolute().parent}")

@@ -13,14 +13,14 @@ from backbones.errors import InputError
 
 from .attention_weights import AttentionLayer, Grid, attention_layers, attention_weights, by_offset, roll_out, unmasked
 from .panels import draw_map, draw_photo, grid_of_panels, shape_of
-from .photo import Photo, image_size, read_photo
+from .photo import Photo, add_image_arguments, image_size, read_photo
 from .subject import Subject
 
 SEVERAL = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", metavar="IMAGE", help="a photograph")
+    add_image_arguments(parser)
     parser.add_argument(
         "--block", type=int, default=-1, metavar="N", help="attention layer, counted from 0 or from the end; the last"
     )
@@ -145,22 +145,22 @@ def _mark(axis: Axes, point: tuple[float, float] | None) -> None:
 def _draw_by_offset(
     subject: Subject, images: Tensor, layer: AttentionLayer, block: int, heads: Sequence[int], title: str
 ) -> Figure:
-    def keep(index: int, weights: Tensor) -> tuple[Tensor, int] | None:
+    def keep(index: int, weights: Tensor) -> tuple[np.ndarray, int] | None:
         if index != block:
             return None
         chosen = unmasked(weights)
-        return by_offset(chosen).cpu(), len(chosen)
+        return by_offset(chosen).cpu().numpy(), len(chosen)
 
     offsets, windows = attention_weights(subject.model, images, keep)[block]
     figure, axes = grid_of_panels(*shape_of(len(heads), most=6), 1.0, width=1.9)
     reach = layer.window - 0.5
     for axis, head in zip(axes.flat, heads, strict=False):
-        peak = float(offsets[head].max()) * layer.keys
+        peak = offsets[head].max() * layer.keys
         axis.imshow(offsets[head], extent=(-reach, reach, reach, -reach), cmap="inferno", interpolation="nearest")
         axis.plot(0, 0, marker="+", markersize=8, color="cyan")
         axis.set_title(f"head {head}\npeak {peak:.3g} x uniform", fontsize=8)
     figure.suptitle(
-        f"{title}\nmean weight by offset from the query (+), in places of the window, over the {windows} that no mask cuts",
+        f"{title}\nmean weight by offset from the query (+), in places of the window; {windows} are not cut by a mask",
         fontsize=9,
     )
     return figure

@@ -211,9 +211,13 @@ def _names_of_modules(model: Backbone) -> Iterator[list[str]]:
     """The names of the modules that are running, innermost last."""
     running: list[str] = []
     handles = []
+
+    def leave(*_) -> None:
+        running.pop()
+
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
-        handles.append(module.register_forward_hook(lambda *_: running.pop() and None))
+        handles.append(module.register_forward_hook(leave))
     try:
         yield running
     finally:

@@ -11,14 +11,14 @@ from torch import Tensor
 from backbones.errors import InputError
 
 from .panels import draw_map, draw_photo, grid_of_panels, shape_of
-from .photo import Photo, image_size, read_photo
+from .photo import Photo, add_image_arguments, image_size, read_photo
 from .subject import Subject
 
 SEVERAL = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", metavar="IMAGE", help="a photograph")
+    add_image_arguments(parser)
     parser.add_argument("--level", type=int, metavar="N", help="index of the map, as in out_indices; default: stride 8")
     parser.add_argument("--channels", type=int, nargs="+", metavar="N", help="default: the 15 that vary most")
 

@@ -48,6 +48,19 @@ class Photo:
         return placed
 
 
+def add_image_arguments(parser: argparse.ArgumentParser, nargs: str | None = None, what: str = "a photograph") -> None:
+    """IMAGE, as many as `nargs` says, and `--size`."""
+    parser.add_argument("image", metavar="IMAGE", nargs=nargs, help=what)
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs="+",
+        default=[448],  # whole windows of 7, 8, 14 or 16 cells at strides 4 to 32, and patches of 14, 16 or 32
+        metavar="PX",
+        help="shorter side of the image, or height and width, cut out of its middle; default 448",
+    )
+
+
 def image_size(args: argparse.Namespace) -> tuple[int, ...]:
     """What `--size` says: a shorter side, or a height and a width."""
     if len(args.size) > 2 or min(args.size) < 1:

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from .panels import ChannelColours, draw_map, draw_photo, rows_of_panels
-from .photo import Photo, image_size, read_photo
+from .photo import Photo, add_image_arguments, image_size, read_photo
 from .subject import Subject
 
 SEVERAL = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", metavar="IMAGE", help="a photograph")
+    add_image_arguments(parser)
 
 
 def photos(args: argparse.Namespace) -> list[Photo]:

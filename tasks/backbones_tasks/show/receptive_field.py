@@ -17,7 +17,7 @@ from backbones import Backbone
 from backbones.errors import InputError
 
 from .panels import draw_map, rows_of_panels
-from .photo import Photo, image_size, read_photo
+from .photo import Photo, add_image_arguments, image_size, read_photo
 from .subject import Subject
 
 SEVERAL = True
@@ -26,7 +26,7 @@ FLOOR = -4.0  # log10 of the smallest gradient, relative to the largest, that th
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", metavar="IMAGE", nargs="*", help="photographs; without any, images of noise")
+    add_image_arguments(parser, nargs="*", what="photographs; without any, images of noise")
     parser.add_argument("--level", type=int, metavar="N", help="index of the map, as in out_indices; default: all")
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="gradients to average; default 8")
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from backbones.errors import InputError
 
 from .panels import TITLE, ChannelColours, draw_map, rows_of_panels
-from .photo import Photo, image_size, read_photo
+from .photo import Photo, add_image_arguments, image_size, read_photo
 from .subject import Subject
 
 SEVERAL = True
@@ -43,7 +43,7 @@ class Change:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", metavar="IMAGE", help="a photograph")
+    add_image_arguments(parser)
     parser.add_argument(
         "--level", type=int, metavar="N", help="index of the map, as in out_indices; default: stride 16"
     )
