@@ -152,7 +152,8 @@ class ClassificationData(DataModule):
         if not 0 < crop <= 1:
             raise DataError(f"crop={crop} must be over 0 and at most 1")
         self.root = None if root is None else Path(root).expanduser()
-        self.image_size, self.scale, self.flip, self.color_jitter = image_size, scale, flip, color_jitter
+        self.image_size = shapes.size if root is None else image_size
+        self.scale, self.flip, self.color_jitter = scale, flip, color_jitter
         self.crop, self.val_fraction, self.split_seed = crop, val_fraction, split_seed
         self.check, self.faults, self.shapes = check, faults, shapes
         self.classes = list(SHAPES) if self.root is None else find_classes(self.root)

@@ -7,6 +7,7 @@ from backbones.errors import InputError, MissingDependency
 
 TASKS = {
     "segmentation": "backbones_tasks.segmentation:SegmentationTask",
+    "classification": "backbones_tasks.classification:ClassificationTask",
     "detection": "backbones_tasks.detection:DetectionTask",
 }
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
 from . import rle
@@ -44,7 +43,7 @@ class DetectionTask(Task):
     linked = ("num_classes", "class_names", "image_size")
     metric = "box_AP"
     scores = ("box_AP", "box_AP50", "box_AP75")
-    epochs = 12
+    epochs = 6
     predicts = (
         "Find objects in images; writes OUT/overlays, and OUT/results.json with bbox (x, y, width, height in pixels), "
         "score and, of mask_rcnn, segmentation as RLE, as in COCO's results."
@@ -161,15 +160,8 @@ class DetectionTask(Task):
     def _finish(self, split: str) -> None:
         scores = self.evaluation.compute()
         self.log_scores(scores)
-        if self.folder is not None and self._best_yet(scores[self.metric]):
+        if self.folder is not None and self.is_best(scores[self.metric]):
             self.evaluation.save(self.folder / f"coco_{split}")
-
-    def _best_yet(self, score: float) -> bool:
-        """Whether these are the results of the checkpoint that is kept as the best, or of one that was given."""
-        if self.trainer.state.fn != TrainerFn.FITTING:
-            return True
-        best = self.trainer.checkpoint_callback.best_model_score
-        return best is None or score > best
 
 
 def narrow(detector: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from pytorch_lightning import LightningDataModule, LightningModule
+from pytorch_lightning.trainer.states import TrainerFn
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -161,6 +162,13 @@ class Task(LightningModule):
         """Scores of the whole epoch, the same on every process."""
         for name, value in scores.items():
             self.log(name, value, prog_bar=name == self.metric, sync_dist=True)
+
+    def is_best(self, score: float) -> bool:
+        """Whether an epoch of this score is the best yet; measuring a checkpoint always is."""
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return True
+        best = self.trainer.checkpoint_callback.best_model_score
+        return best is None or score > best
 
     # Lightning
 
