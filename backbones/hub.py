@@ -300,7 +300,8 @@ def _fetch(repo_id: str, revision: str | None, token: str | bool | None) -> tupl
 
 
 def _front_matter(model: "Backbone", info: BackboneInfo) -> ModelCardData:
-    source, license_name = (model.pretrained_cfg.get(key, "") for key in ("source", "license"))
+    source = model.pretrained_cfg.get("source", "")
+    license_name = model.pretrained_cfg.get("license") or "" if source else ""
     known = license_name.lower() in _HUB_LICENSES
     return ModelCardData(
         library_name=LIBRARY,
@@ -314,7 +315,7 @@ def _front_matter(model: "Backbone", info: BackboneInfo) -> ModelCardData:
 
 def _origin(model: "Backbone") -> str:
     cfg = model.pretrained_cfg
-    if "tag" in cfg:
+    if "source" in cfg:
         license_name = f" ({cfg['license']})" if cfg.get("license") else ""
         return f"built on `{cfg['tag']}` from {cfg['source'].removeprefix('hf-hub:')}{license_name}"
     if hasattr(model, "load_report"):

@@ -164,6 +164,16 @@ def test_the_card_of_a_classifier_runs_and_states_a_licence_of_its_own(tmp_path)
     assert names["logits"].shape == (2, 3)
 
 
+def test_the_card_claims_no_weights_that_were_not_loaded(tmp_path):
+    model = build_backbone("timm/resnet18", out_indices=(0,))
+    model.pretrained_cfg.update(tag="a1_in1k", license="apache-2.0")  # timm tells of weights whether loaded or not
+    card = ModelCard.load(model.save_pretrained(tmp_path) / "README.md")
+    assert "built without published weights" in card.text
+    assert card.data.license is None
+    assert card.data.base_model is None
+    assert_same(model, from_pretrained(tmp_path))
+
+
 # What cannot be saved or loaded
 
 

@@ -59,6 +59,15 @@ def test_the_encoder_keeps_smps_contract():
     assert encoder.backbone.drop_path_rate == 0.2
 
 
+@pytest.mark.parametrize("name", ["timm/resnet18", "torchvision/resnet18"])
+def test_backbones_of_catalogues_are_found_by_name(name):
+    model = smp.Unet(f"backbones-{name}", encoder_weights=None).eval()
+    assert model.encoder.out_channels == [3, 0, 64, 128, 256, 512]
+    assert model.encoder.backbone.canonical_name == name
+    with torch.inference_mode():
+        assert model(torch.randn(1, 3, 50, 70)).shape == (1, 1, 50, 70)
+
+
 def test_unet_needs_no_divisible_size_and_others_keep_smps_rule():
     model = smp.Unet("backbones-pvt_v2_b0", encoder_weights=None).eval()
     for size in ((97, 131), (33, 64), (1, 1)):
