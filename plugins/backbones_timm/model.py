@@ -4,7 +4,6 @@ import inspect
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -94,16 +93,16 @@ class TimmBackbone(Backbone):
     ):
         if not timm.is_model(model_name):
             raise MissingDependency(
-                f"timm {version('timm')}, which is installed, has no model {model_name!r}; timm "
+                f"timm {timm.__version__}, which is installed, has no model {model_name!r}; timm "
                 f"{table.measured_with()} has it: run `pip install --upgrade timm`"
             )
         common = {key: options.pop(key) for key in _BASE_OPTIONS & options.keys()}
         features_only = common.get("features_only", True)
         if img_size is not None:
             options["img_size"] = to_2tuple(img_size)
-        facts = table.models().get(model_name)
-        if facts is None or options:
-            facts = measure(model_name, **options)
+        as_measured = timm.__version__ == table.measured_with() and not options
+        facts = table.models().get(model_name) if as_measured else None
+        facts = facts or measure(model_name, **options)
         if pyramid not in PYRAMIDS:
             raise InputError(f"pyramid={pyramid!r} is unknown; choose from 'simple', 'taps' and 'plain'")
         if features_only and facts.refused:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import huggingface_hub.constants
 import pytest
 import timm
 import torch
@@ -99,6 +100,12 @@ class TestCatalogue:
         monkeypatch.setitem(table.models(), facts.name, facts)
         with pytest.raises(MissingDependency, match=rf"timm {re.escape(timm.__version__)}, which is installed, has no"):
             build_backbone("timm/resnet_of_tomorrow")
+
+    def test_the_table_of_another_version_is_not_trusted(self, monkeypatch):
+        wrong = replace(table.models()["test_vit"], divisor=1, options={})
+        monkeypatch.setitem(table.models(), "test_vit", wrong)
+        monkeypatch.setattr(table, "measured_with", lambda: "1.0.0")
+        assert build("test_vit").facts.divisor == 16
 
     def test_a_model_that_a_newer_timm_brings_is_measured(self, monkeypatch):
         facts = table.models()["test_vit"]
@@ -436,6 +443,21 @@ class TestWeights:
         assert report.share == 1
         assert not report.unexpected
         assert all(torch.equal(value, state[key.removeprefix("model.")]) for key, value in model.state_dict().items())
+
+    def test_published_weights_come_from_the_hub(self, monkeypatch, tmp_path, randomise):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        with pytest.raises(WeightsError, match=r"hf download timm/test_resnet\.r160_in1k`"):
+            build("test_resnet", pretrained=True)
+        folder = tmp_path / "models--timm--test_resnet.r160_in1k"
+        (folder / "snapshots" / "abc").mkdir(parents=True)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("abc")
+        state = randomise(timm.create_model("test_resnet")).state_dict()
+        save_file(state, folder / "snapshots" / "abc" / "model.safetensors")
+        model = build("test_resnet", pretrained="r160_in1k")
+        assert torch.equal(model.model.conv1[0].weight, state["conv1.0.weight"])
+        assert model.pretrained_cfg["input_size"] == (3, 160, 160)
 
     def test_a_class_for_the_background_is_left_out(self, randomise):
         model = build("inception_resnet_v2", features_only=False)
