@@ -31,11 +31,19 @@ def test_detector_of_the_readme_trains():
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_segmenter_of_the_readme_labels_every_pixel():
+def test_models_of_the_readme_take_any_size():
+    code = block("build_segmenter").replace("vit_base_patch16", "vit_tiny_patch16").replace("pvt_v2_b2", "pvt_v2_b0")
+    imports, *calls = [line for line in code.splitlines() if line]
+    assert len(calls) == 3
     names = {}
-    exec(block("build_segmenter").replace("vit_base_patch16", "vit_tiny_patch16"), names)
+    exec(imports, names)
+    segmenter, detector, classifier = (eval(call, names).eval() for call in calls)
+    detector.transform.min_size = (64,)
+    image = torch.rand(1, 3, 50, 71)
     with torch.no_grad():
-        assert names["model"].eval()(torch.rand(1, 3, 50, 71)).shape == (1, 150, 50, 71)
+        assert segmenter(image).shape == (1, 150, 50, 71)
+        assert detector(list(image))[0].keys() == {"boxes", "labels", "scores", "masks"}
+        assert classifier(image).shape == (1, 100)
 
 
 def test_plugin_of_the_readme_is_a_backbone(tmp_path, monkeypatch):

@@ -391,7 +391,7 @@ def test_checkpoints_carry_the_full_name_and_no_pretrained_weights(trained):
     assert backbone == {"name": "pvt/pvt_v2_b0", "drop_path_rate": 0.3}
 
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("segmentation_*.yaml"))
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*_*.yaml"))
 
 
 @pytest.mark.parametrize("config", EXAMPLES, ids=lambda path: path.stem)
@@ -404,7 +404,7 @@ def test_example_configs_are_valid(config, monkeypatch):
 
     monkeypatch.setattr(CommandLine, "instantiate_classes", stop)
     with pytest.raises(Stop):
-        main(["fit", "segmentation", "--config", str(config)])
+        main(["fit", config.stem.partition("_")[0], "--config", str(config)])
 
 
 @pytest.mark.slow  # several processes, each of which imports torch and lightning
