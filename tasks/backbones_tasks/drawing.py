@@ -88,7 +88,8 @@ def save_objects(
                     text = f"{objects.scores[j]:.2f}"
                     back = {"facecolor": colour, "edgecolor": "none", "pad": 0.6}
                     ink = np.array(_readable_on(colours[int(objects.labels[j])])) / 255
-                    axis.text(x0, y0, text, fontsize=5, color=ink, bbox=back, va="bottom", clip_on=True)
+                    room = "bottom" if y0 > 0.05 * image.shape[0] else "top"  # above the box where it fits
+                    axis.text(x0, y0, text, fontsize=5, color=ink, bbox=back, va=room, clip_on=True)
     seen = sorted({int(label) for objects in (*truths, *predictions) for label in objects.labels})
     patches = [Patch(color=shares[label], label=class_names[label]) for label in seen]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(8, max(1, len(patches))), frameon=False)
