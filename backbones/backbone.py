@@ -26,7 +26,7 @@ from .layers import (
     layer_norm_2d,
     pad_to_multiple,
 )
-from .weights import KeyLayout
+from .weights import KeyLayout, read_checkpoint
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -326,6 +326,10 @@ class Backbone(nn.Module, metaclass=_Finished):
     def make_out_norm(self, channels: int) -> nn.Module:
         """Norm of one map for `out_norm=True`."""
         return layer_norm_2d(channels)
+
+    def read_weights(self, path: Path) -> Mapping[str, Any]:
+        """The content of a file of weights, under names that `key_layouts` knows."""
+        return read_checkpoint(path)
 
     def adapt_table(self, name: str, value: Tensor, checkpoint: Mapping[str, Tensor]) -> Tensor:
         """A size-dependent table of a checkpoint in this model's size; relative position tables are resized."""

@@ -12,7 +12,7 @@ from typing import Any
 import pluggy
 
 from . import hookspecs
-from .errors import IncompatiblePlugin, PluginError
+from .errors import IncompatiblePlugin, PluginError, UnknownBackbone
 from .specs import BackboneSpec, is_name
 
 GROUP = "backbones"
@@ -61,6 +61,8 @@ class Plugin:
             answers = self.hooks.find_backbone(name=name)
             for spec in answers:
                 self.require_spec(spec, "find_backbone")
+        except UnknownBackbone:  # it is this plugin's to know, and it says why it does not
+            raise
         except Failure as error:
             self.fail(error)
             return None

@@ -22,4 +22,7 @@ def catalogue() -> Iterable[str]:
 
 @hookspec
 def find_backbone(name: str) -> BackboneSpec | None:
-    """Return a spec for a bare name that no plugin lists, or None; for catalogues too large to list."""
+    """Return a spec for a bare name that no plugin lists, or None; for catalogues too large to list.
+
+    Where the name can only be the plugin's, such as the id of a hub, raise `UnknownBackbone` to say why there is none.
+    """

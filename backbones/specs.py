@@ -10,14 +10,20 @@ from typing import Any
 from .errors import InvalidSpec
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
+_PATH = re.compile(r"[A-Za-z0-9_./~-]*[A-Za-z0-9_.~-]")
 _ENTRY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
-_SOURCES = ("hf-hub:", "https://")
+_SOURCES = ("hf-hub:", "https://", "file://")
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
 def is_name(value: object) -> bool:
     """Whether `value` can be a namespace or a backbone's name: letters, digits, `_`, `.` and `-`."""
     return isinstance(value, str) and _NAME.fullmatch(value) is not None
+
+
+def is_path(value: object) -> bool:
+    """Whether `value` can be a backbone's name: as `is_name` has it, or such names joined by '/'."""
+    return isinstance(value, str) and _PATH.fullmatch(value) is not None
 
 
 class _Record:
@@ -55,7 +61,7 @@ class Weights(_Record):
     Args:
         tag: what `build_backbone(name, pretrained=tag)` asks for.
         source: `hf-hub:ORGANISATION/REPOSITORY`, `/FILE` after it where the weights have an unusual name, or an
-            `https://` address of a .pth or .safetensors file.
+            `https://` or `file://` address of a .pth or .safetensors file.
         layout: who named the keys: `timm`, `torchvision` or the family's official release.
         input_size: channels, height and width of the images it was trained on.
         mean, std: per channel, of images scaled to 0..1.
@@ -106,7 +112,8 @@ class BackboneSpec(_Record):
     """One backbone that a plugin offers, described without importing it.
 
     Args:
-        name: bare name, such as `pvt_v2_b2`; the plugin's namespace comes before it in the canonical id.
+        name: bare name, such as `pvt_v2_b2`; the plugin's namespace comes before it in the canonical id. A plugin that
+            finds backbones by the ids of a hub or in folders has names with '/'.
         family: what variants of one architecture share, such as `PVTv2`.
         entry: `module:callable` that returns a `Backbone` when called with the options; a class as a rule.
         channels: channels of each map of the full pyramid.
@@ -144,7 +151,7 @@ class BackboneSpec(_Record):
 
     def __post_init__(self) -> None:
         self._freeze("channels", "strides", "defaults", "weights", "aliases", "options", "requires")
-        self._require(is_name(self.name), "name", "use letters, digits, '_', '.' and '-'")
+        self._require(is_path(self.name), "name", "use letters, digits, '_', '.' and '-', and '/' in ids and paths")
         self._require(isinstance(self.family, str) and self.family != "", "family", "name the architecture")
         entry = isinstance(self.entry, str) and _ENTRY.fullmatch(self.entry)
         self._require(bool(entry), "entry", "write it as 'package.module:callable'")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 from safetensors.torch import load_file
@@ -144,7 +145,7 @@ def load_weights(model: "Backbone", source: str | os.PathLike | Mapping[str, Ten
             nothing has been loaded then.
     """
     report = LoadReport(source="state dict" if isinstance(source, Mapping) else str(source))
-    checkpoint = _state_dict(source if isinstance(source, Mapping) else read_checkpoint(source), report.source)
+    checkpoint = _state_dict(source if isinstance(source, Mapping) else model.read_weights(Path(source)), report.source)
     own = model.state_dict()
     layouts = (KeyLayout(model.own_layout), *model.key_layouts)
     state, report.layout, report.prefix = _recognise(checkpoint, own, layouts)
@@ -291,6 +292,8 @@ def _fetch(row: Weights, name: str) -> Path:
     """The local file of published weights, downloaded if need be and allowed."""
     if row.source.startswith("hf-hub:"):
         return _fetch_from_hub(row, name)
+    if row.source.startswith("file://"):
+        return Path(url2pathname(urlsplit(row.source).path))
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(row.source).path).name
     if not path.is_file():
         try:

@@ -30,7 +30,7 @@ def full_spec():
 @pytest.mark.parametrize(
     ("field", "value", "remedy"),
     [
-        ("name", "ns/net", "use letters"),
+        ("name", "ns/", "use letters"),
         ("name", "", "use letters"),
         ("name", "two words", "use letters"),
         ("family", "", "name the architecture"),
@@ -72,7 +72,7 @@ def test_a_wrong_field_is_named_with_its_spec_and_what_to_do(field, value, remed
     ("field", "value", "remedy"),
     [
         ("tag", "", "use letters"),
-        ("source", "timm/pvt_v2_b0.in1k", "start it with 'hf-hub:' or 'https://'"),
+        ("source", "timm/pvt_v2_b0.in1k", "start it with 'hf-hub:' or 'https://' or 'file://'"),
         ("layout", "", "name the key layout"),
         ("input_size", (224, 224), "(channels, height, width)"),
         ("input_size", (3, 224, 0), "(channels, height, width)"),
@@ -87,6 +87,11 @@ def test_a_wrong_field_of_weights_is_named_with_its_tag(field, value, remedy):
     with pytest.raises(InvalidSpec, match=re.escape(remedy)) as caught:
         Weights(**(WEIGHTS | {field: value}))
     assert f"{field}={value!r} is wrong" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["facebook/dinov2-small", "./weights/dinov2", "/data/dinov2", "~/dinov2"])
+def test_a_name_may_be_the_id_of_a_hub_or_a_path(name):
+    assert BackboneSpec(**(SPEC | {"name": name})).name == name
 
 
 def test_specs_take_keywords_only():
