@@ -91,6 +91,7 @@ def test_pooling_is_what_it_is_called():
         x = torch.randn(2, 6, 4, 5)
         torch.testing.assert_close(head(x), head.fc(head.norm(reduce(x, (2, 3)))))
     assert PooledHead(6, 3, drop_rate=0.4).drop.p == 0.4
+    assert build_classifier(backbone="edgevit_xxs", num_classes=3, drop_rate=0.4).backbone.drop_rate == 0.4
 
 
 def test_distilled_models_train_both_heads_and_average_them_afterwards():
