@@ -12,7 +12,7 @@ from backbones.cli.output import print_hint
 from backbones.errors import InputError
 
 from .attention_weights import AttentionLayer, Grid, attention_layers, attention_weights, by_offset, roll_out, unmasked
-from .panels import draw_map, draw_photo, grid_of_panels, shape_of
+from .panels import draw_map, draw_photo, grid_of_panels, set_heading, shape_of
 from .photo import Photo, add_image_arguments, image_size, read_photo
 from .subject import Subject
 
@@ -120,7 +120,7 @@ def _draw_on_image(
         high = np.quantile(cells, 0.995)
         draw_map(axis, cells, keys.stride, photo.size, f"{name}\npeak {peak:.3g} x uniform", cmap="inferno", vmax=high)
         _mark(axis, point)
-    figure.suptitle(title, fontsize=10)
+    set_heading(figure, title)
     return figure
 
 
@@ -159,8 +159,9 @@ def _draw_by_offset(
         axis.imshow(offsets[head], extent=(-reach, reach, reach, -reach), cmap="inferno", interpolation="nearest")
         axis.plot(0, 0, marker="+", markersize=8, color="cyan")
         axis.set_title(f"head {head}\npeak {peak:.3g} x uniform", fontsize=8)
-    figure.suptitle(
+    set_heading(
+        figure,
         f"{title}\nmean weight by offset from the query (+), in places of the window; {windows} are not cut by a mask",
-        fontsize=9,
+        size=9,
     )
     return figure

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backbones.errors import InputError
 
-from .panels import draw_map, draw_photo, grid_of_panels, shape_of
+from .panels import draw_map, draw_photo, grid_of_panels, set_heading, shape_of
 from .photo import Photo, add_image_arguments, image_size, read_photo
 from .subject import Subject
 
@@ -41,9 +41,8 @@ def draw(subjects: Sequence[Subject], photos: Sequence[Photo], args: argparse.Na
         low, high = np.quantile(cells, (0.01, 0.99))
         draw_map(axis, cells, stride, photo.size, f"channel {channel}", cmap="viridis", vmin=low, vmax=high)
     height, width = features.shape[1:]
-    figure.suptitle(
-        f"{subject.title}: {len(chosen)} of {len(features)} channels at stride {stride} ({height} x {width})",
-        fontsize=10,
+    set_heading(
+        figure, f"{subject.title}: {len(chosen)} of {len(features)} channels at stride {stride} ({height} x {width})"
     )
     return figure
 

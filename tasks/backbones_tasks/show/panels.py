@@ -1,5 +1,6 @@
 """What the pictures share: panels of images and of maps in one frame, colours of maps, titles."""
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,7 +36,7 @@ def rows_of_panels(
     parts = list(np.atleast_1d(figure.subfigures(len(heights), 1, height_ratios=heights)))
     above = parts.pop(0) if top else None
     for part, heading in zip(parts, headings, strict=True):
-        part.suptitle(heading, fontsize=TITLE, weight="bold")
+        set_heading(part, heading, size=TITLE, weight="bold")
     return figure, above, [_panels(part, 1, columns)[0] for part in parts]
 
 
@@ -50,6 +51,13 @@ def _panels(figure: FigureBase, rows: int, columns: int) -> np.ndarray:
     for axis in axes.flat:
         axis.set_axis_off()
     return axes
+
+
+def set_heading(figure: FigureBase, text: str, size: float = 10, **style) -> None:
+    """A title over a figure, or over a part of one, in as many lines as its width takes."""
+    characters = int(figure.bbox.width / figure.dpi * 125 / size)
+    lines = [wrapped for line in text.splitlines() for wrapped in textwrap.wrap(line, characters)]
+    figure.suptitle("\n".join(lines), fontsize=size, **style)
 
 
 def shape_of(panels: int, most: int) -> tuple[int, int]:

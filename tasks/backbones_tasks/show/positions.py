@@ -14,7 +14,7 @@ from backbones.errors import InputError
 from backbones.layers import LogPositionBias, RelativePositionBias
 
 from .attention_weights import LONGEST_PREFIX
-from .panels import tile
+from .panels import set_heading, tile
 from .photo import Photo
 from .subject import Subject
 
@@ -132,8 +132,9 @@ def _draw_biases(subject: Subject, biases: dict[str, Tensor]) -> Figure:
     bar = figure.colorbar(drawn, ax=list(axes), shrink=0.6, aspect=30)
     bar.set_label("added to the logits", fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    figure.suptitle(
+    set_heading(
+        figure,
         f"{subject.title}\nrelative position bias by offset of the key from the query, a column for each head",
-        fontsize=9,
+        size=9,
     )
     return figure

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from .panels import ChannelColours, draw_map, draw_photo, rows_of_panels
+from .panels import ChannelColours, draw_map, draw_photo, rows_of_panels, set_heading
 from .photo import Photo, add_image_arguments, image_size, read_photo
 from .subject import Subject
 
@@ -33,5 +33,5 @@ def draw(subjects: Sequence[Subject], photos: Sequence[Photo], args: argparse.Na
             channels, height, width = features.shape
             title = f"stride {stride}: {height} x {width}\n{channels} channels ({colours.share:.0%} shown)"
             draw_map(axis, colours(features), stride, photo.size, title)
-    figure.suptitle("Levels of the pyramid; the colours are the first three principal components", fontsize=10)
+    set_heading(figure, "Levels of the pyramid; the colours are the first three principal components")
     return figure

@@ -9,19 +9,22 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Circle
 from torch import Tensor
 
 from backbones import Backbone
 from backbones.errors import InputError
 
-from .panels import draw_map, rows_of_panels
+from .panels import TITLE, draw_map, grid_of_panels, rows_of_panels, set_heading, shape_of
 from .photo import Photo, add_image_arguments, image_size, read_photo
 from .subject import Subject
 
 SEVERAL = True
 SHARES = (0.5, 0.9)
+Levels = list[tuple[int, Tensor]]  # strides, which may be equal, and fields
 FLOOR = -4.0  # log10 of the smallest gradient, relative to the largest, that the colours tell from none
 
 
@@ -42,28 +45,45 @@ def photos(args: argparse.Namespace) -> list[Photo]:
 
 def draw(subjects: Sequence[Subject], photos: Sequence[Photo], args: argparse.Namespace) -> Figure:
     size = photos[0].size if photos else (args.size[0], args.size[-1])
-    rows = []
-    for subject in subjects:
-        levels = range(len(subject.model.strides)) if args.level is None else [subject.position(args.level)]
-        generator = torch.Generator().manual_seed(args.seed)
-        images = [subject.images(photo) for photo in photos] or _noise(size, args.samples, generator)
-        images = [images[i % len(images)].to(subject.device) for i in range(args.samples)]
-        rows.append((subject, levels, receptive_fields(subject.model, images, levels, generator)))
-    columns = max(len(levels) for _, levels, _ in rows)
-    figure, _, axes = rows_of_panels([subject.title for subject in subjects], columns, size[0] / size[1])
-    for row, (subject, levels, fields) in zip(axes, rows, strict=True):
-        for axis, level, field in zip(row, levels, fields, strict=False):
-            stride = subject.model.strides[level]
-            drawn = _draw_field(axis, field, stride)
-        bar = row[0].figure.colorbar(drawn, ax=row, shrink=0.9, aspect=15, extend="min")
-        bar.set_label("log10 of gradient / largest", fontsize=7)
-        bar.ax.tick_params(labelsize=7)
+    fields = [_fields(subject, photos, size, args) for subject in subjects]
+    figure = (_draw_rows if args.level is None else _draw_side_by_side)(subjects, fields, size[0] / size[1])
     what = f"{len(photos)} photographs" if len(photos) > 1 else "a photograph" if photos else "images of noise"
-    figure.suptitle(
+    set_heading(
+        figure,
         f"Effective receptive field of the centre cell on {what}, {size[1]} x {size[0]}; "
         f"circles hold {' and '.join(f'{share:.0%}' for share in SHARES)} of the gradient",
-        fontsize=10,
     )
+    return figure
+
+
+def _fields(subject: Subject, photos: Sequence[Photo], size: tuple[int, int], args: argparse.Namespace) -> Levels:
+    """Receptive fields of the level that is asked for, or of all."""
+    strides = subject.model.strides
+    levels = range(len(strides)) if args.level is None else [subject.position(args.level)]
+    generator = torch.Generator().manual_seed(args.seed)
+    images = [subject.images(photo) for photo in photos]
+    images = images or [torch.randn(1, 3, *size, generator=generator) for _ in range(args.samples)]
+    samples = [images[i % len(images)].to(subject.device) for i in range(args.samples)]
+    fields = receptive_fields(subject.model, samples, levels, generator)
+    return [(strides[level], field) for level, field in zip(levels, fields, strict=True)]
+
+
+def _draw_rows(subjects: Sequence[Subject], fields: Sequence[Levels], aspect: float) -> Figure:
+    figure, _, rows = rows_of_panels([s.title for s in subjects], max(map(len, fields)), aspect)
+    for row, levels in zip(rows, fields, strict=True):
+        for axis, (stride, field) in zip(row, levels, strict=False):
+            drawn = _draw_field(axis, field, stride)
+        _add_bar(drawn, list(row))
+    return figure
+
+
+def _draw_side_by_side(subjects: Sequence[Subject], fields: Sequence[Levels], aspect: float) -> Figure:
+    figure, axes = grid_of_panels(*shape_of(len(subjects), most=4), aspect, header=0.62)
+    for axis, subject, levels in zip(axes.flat, subjects, fields, strict=False):
+        for stride, field in levels:
+            drawn = _draw_field(axis, field, stride)
+        axis.set_title(f"{subject.name}\n{subject.weights}\n{axis.get_title()}", fontsize=TITLE)
+    _add_bar(drawn, list(axes.flat))
     return figure
 
 
@@ -116,11 +136,13 @@ def radius(field: Tensor, stride: int, share: float) -> float:
     return float(distances[min(int((held < share * held[-1]).sum()), len(held) - 1)])
 
 
-def _noise(size: tuple[int, int], count: int, generator: torch.Generator) -> list[Tensor]:
-    return [torch.randn(1, 3, *size, generator=generator) for _ in range(count)]
+def _add_bar(drawn: AxesImage, axes: list[Axes]) -> None:
+    bar = axes[0].figure.colorbar(drawn, ax=axes, shrink=0.9, aspect=15, extend="min")
+    bar.set_label("log10 of gradient / largest", fontsize=7)
+    bar.ax.tick_params(labelsize=7)
 
 
-def _draw_field(axis, field: Tensor, stride: int):
+def _draw_field(axis: Axes, field: Tensor, stride: int) -> AxesImage:
     radii = [radius(field, stride, share) for share in SHARES]
     logarithm = (field / field.max().clamp(min=1e-30)).clamp(min=1e-30).log10().numpy()
     title = f"stride {stride}\n" + ", ".join(f"{s:.0%} in {r:.0f} px" for s, r in zip(SHARES, radii, strict=True))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from backbones.errors import InputError
 
-from .panels import TITLE, ChannelColours, draw_map, rows_of_panels
+from .panels import TITLE, ChannelColours, draw_map, rows_of_panels, set_heading
 from .photo import Photo, add_image_arguments, image_size, read_photo
 from .subject import Subject
 
@@ -79,8 +79,8 @@ def draw(subjects: Sequence[Subject], photos: Sequence[Photo], args: argparse.Na
         axis.grid(alpha=0.3)
     relative_axis.set_ylim(bottom=0)
     relative_axis.legend(fontsize=8)
-    figure.suptitle(
-        "Features when the image is shifted; their change is told for the middle (white frame), realigned", fontsize=10
+    set_heading(
+        figure, "Features when the image is shifted; their change is told for the middle (white frame), realigned"
     )
     return figure
 
