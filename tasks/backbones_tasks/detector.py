@@ -348,7 +348,10 @@ def _build_rcnn(
             if options.get("mask_predictor") is None:
                 options["mask_predictor"] = MaskRCNNPredictor(mask_channels, mask_channels, num_classes)
         model = _CLASSES[architecture](neck, **options)  # torchvision wants no num_classes beside predictors
-        predictors = [model.roi_heads.box_predictor]
+        predictors = [
+            model.roi_heads.box_predictor,
+            *([model.roi_heads.mask_predictor] if architecture in MASKED else []),
+        ]
     for module in (model.rpn.head, *predictors):
         module.register_forward_hook(_at_least_float32)
     return model
@@ -452,7 +455,7 @@ def _roi_align(neck: FeaturePyramid, output_size: int) -> MultiScaleRoIAlign:
 
 
 def _at_least_float32(module: nn.Module, inputs: Any, outputs: Any) -> Any:
-    """Boxes are decoded in the precision of these outputs; half precision is too coarse for pixels."""
+    """Boxes are decoded in the precision of these outputs, and half precision is too coarse for pixels."""
     if isinstance(outputs, Tensor):
         return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
     if isinstance(outputs, dict):
