@@ -47,7 +47,7 @@ class ClassificationTask(Task):
     linked = ("num_classes", "class_names", "image_size", "crop")
     metric = "top1"
     scores = ("top1", "top5")
-    epochs = 10
+    epochs = 15
     predicts = "Tell the class of images; writes OUT/results.json with the likeliest classes of each."
 
     def __init__(

@@ -6,7 +6,6 @@
 NAME is whatever `build_backbone` takes, those of installed plugins and of catalogues (`timm/resnet18`) included. It
 works in every smp model but DPT, which takes timm's vision transformers only, because it reads their tokens. FPN
 needs its default `encoder_depth=5`, because it has four levels and a backbone no map of stride 2; for the same reason
-UnetPlusPlus and Linknet need smp 0.6.
 
 smp's registry `smp.encoders.encoders` holds classes whose weights are a `model.safetensors` under their own names.
 Backbones have more sources and key layouts, and options, so `smp.encoders.get_encoder` is what is extended here.

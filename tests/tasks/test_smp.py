@@ -4,7 +4,6 @@ import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
-from packaging.version import Version
 from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoder
 from torch import nn
 
@@ -13,8 +12,7 @@ from backbones import UnknownBackbone, WeightsError, backbone_info, list_backbon
 from backbones.errors import InputError
 from backbones_tasks.smp import Encoder, Levels
 
-OLD_SMP = Version(smp.__version__) < Version("0.6")
-REFUSED = {"dpt", "unetplusplus", "linknet"} if OLD_SMP else {"dpt"}
+REFUSED = {"dpt"}
 MODELS = [name for name in smp.MODEL_ARCHITECTURES_MAPPING if name not in REFUSED]
 
 
@@ -185,7 +183,6 @@ def test_a_model_that_was_built_on_published_weights_loads_without_them(tmp_path
         assert torch.equal(again(images), model(images))
 
 
-@pytest.mark.skipif(OLD_SMP, reason="freeze_encoder came with smp 0.6")
 def test_freezing_the_encoder_as_smp_does_holds():
     model = smp.Unet("backbones-edgevit_xxs", encoder_weights=None)
     model.freeze_encoder()
