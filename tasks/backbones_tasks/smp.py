@@ -5,7 +5,7 @@
 
 NAME is whatever `build_backbone` takes, those of installed plugins and of catalogues (`timm/resnet18`) included. It
 works in every smp model but DPT, which takes timm's vision transformers only, because it reads their tokens. FPN
-needs its default `encoder_depth=5`, because it has four levels and a backbone no map of stride 2; for the same reason
+needs its default `encoder_depth=5`, because it has four levels and a backbone no map of stride 2.
 
 smp's registry `smp.encoders.encoders` holds classes whose weights are a `model.safetensors` under their own names.
 Backbones have more sources and key layouts, and options, so `smp.encoders.get_encoder` is what is extended here.
