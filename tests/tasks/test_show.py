@@ -1,6 +1,7 @@
 """`backbones show`: what the pictures tell is true, and each is drawn."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from backbones import Backbone, build_backbone, wrap
+from backbones import Backbone, backbone_info, build_backbone, wrap
 from backbones.cli import main
 from backbones.errors import InputError
 from backbones.layers import attend
@@ -326,6 +327,16 @@ def test_pictures_are_drawn(arguments, photo, tmp_path, capsys):
     with Image.open(out) as image:
         assert min(image.size) > 200
         assert len(image.convert("RGB").getcolors(2**24)) > 50
+
+
+def test_commands_of_the_readme_are_understood():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    commands = re.findall(r"^backbones show (.*)$", readme, re.MULTILINE)
+    assert len(commands) >= 4
+    for command in commands:
+        kind, *rest = command.split()
+        args = build_parser(kind).parse_args([kind, *rest])
+        assert all(backbone_info(name) for name in (args.name, *getattr(args, "backbone", [])))
 
 
 def test_the_picture_is_named_after_what_it_shows(tmp_path, monkeypatch):
