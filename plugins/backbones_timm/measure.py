@@ -7,7 +7,6 @@ tell a floor from a ceil, a multiple of 32 from a multiple of 224, and a fixed s
 import argparse
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import timm
@@ -160,8 +159,7 @@ class _Probe:
         self.model = self.build()
 
     def build(self, **more: Any) -> nn.Module:
-        context = torch.device("meta") if self.device == "meta" else nullcontext()
-        with context:
+        with torch.device(self.device):
             return create(*self.arguments, **self.options, **more).eval()
 
     def maps(
@@ -315,13 +313,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measures the models of the installed timm, and writes models.csv and weights.csv."""
     parser = argparse.ArgumentParser(prog="python -m backbones_timm.measure", description=main.__doc__)
     parser.add_argument("names", nargs="*", help="only these, printed and not written")
+    parser.add_argument("--missing", action="store_true", help="keep what the table has, and add what it has not")
     args = parser.parse_args(arguments)
     if args.names:
         for name in args.names:
             print(measure(name))
         return
     names = timm.list_models()
-    table.write_models(_table(names), timm.__version__)
+    kept = {name: facts for name, facts in table.models().items() if name in names} if args.missing else {}
+    kept |= {facts.name: facts for facts in _table([name for name in names if name not in kept])}
+    table.write_models([kept[name] for name in names], timm.__version__)
     tagged: dict[str, list[str]] = {}
     for full in timm.list_pretrained():
         tagged.setdefault(full.partition(".")[0], []).append(full)

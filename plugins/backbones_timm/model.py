@@ -102,7 +102,12 @@ class TimmBackbone(Backbone):
             options["img_size"] = to_2tuple(img_size)
         as_measured = timm.__version__ == table.measured_with() and not options
         facts = table.models().get(model_name) if as_measured else None
-        facts = facts or measure(model_name, **options)
+        try:
+            facts = facts or measure(model_name, **options)
+        except TypeError as error:
+            if img_size is not None and "'img_size'" in str(error):
+                raise InputError(f"timm/{model_name} has no img_size; leave it out") from error
+            raise
         if pyramid not in PYRAMIDS:
             raise InputError(f"pyramid={pyramid!r} is unknown; choose from 'simple', 'taps' and 'plain'")
         if features_only and facts.refused:

@@ -6,10 +6,12 @@ pixels, and on no other image.
 """
 
 import argparse
+import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -54,34 +56,41 @@ def smallest_of_each_module() -> dict[str, str]:
     return dict(sorted((facts.module, facts.name) for facts in {facts.module: facts for facts in by_size}.values()))
 
 
-def judge(name: str) -> Verdict:
-    """Builds a model both ways, and compares the maps with what is promised, and with each other."""
-    facts = table.models()[name]
-    native = facts.side or (224, 224)
-    sizes = (native, *SIZES)
-    ours = _promise(name, sizes)
-    timms = _of_timm(name, sizes)
-    return Verdict(facts.module, name, ours, timms, _difference(name, native))
-
-
 @torch.no_grad()
-def _promise(name: str, sizes: Sequence[tuple[int, int]]) -> str:
-    refusal = ""
-    for options in ({}, *({"img_size": size} for size in IMG_SIZES)):
+def judge(name: str) -> Verdict:
+    """Builds a model both ways, and compares the maps with what is promised, and with each other.
+
+    Sizes are those of the meta device, values those of the CPU.
+
+    Raises:
+        AssertionError: maps are other than promised, and nothing was said.
+    """
+    facts = table.models()[name]
+    sizes = (facts.side or (224, 224), *SIZES)
+    ours = "refused: " + facts.refused
+    for options in ({}, *({"img_size": size} for size in IMG_SIZES if facts.side)):
         try:
-            model = build_backbone(f"timm/{name}", **options).eval()
-            for size in sizes if not options else SIZES:
-                check(model, size, values=size in (SIZES[-1], table.models()[name].side))
-        except InputError as error:
-            refusal = refusal or f"refused: {error}"
-            continue
-        except Exception as error:
+            _where_it_runs(lambda options=options: _check_sizes(name, sizes[bool(options) :], options))
+        except AssertionError as error:
             if not options:
                 raise
-            refusal += f"; with {options} {type(error).__name__}: {str(error).splitlines()[0]}"
-            continue
-        return "kept" + (f" with img_size={options['img_size']}" if options else "")
-    return refusal
+            ours += f"; with {options}: {_words(error)}"
+        except Exception as error:
+            if not (options or isinstance(error, InputError)):
+                raise
+            ours = f"refused: {_words(error)}" if not options else f"{ours}; with {options}: {_words(error)}"
+        else:
+            ours = f"kept with img_size={options['img_size']}" if options else "kept"
+            break
+    if not facts.refused:
+        check(build_backbone(f"timm/{name}").eval(), facts.side or (91, 125))
+    return Verdict(facts.module, name, ours, _of_timm(name, sizes), _difference(name))
+
+
+def _check_sizes(name: str, sizes: Sequence[Sequence[int]], options: Mapping[str, Any]) -> None:
+    model = build_backbone(f"timm/{name}", **options).eval()
+    for size in sizes:
+        check(model, size, values=False)
 
 
 def check(model: Callable[[Tensor], list[Tensor]], size: Sequence[int], values: bool = True) -> None:
@@ -91,9 +100,9 @@ def check(model: Callable[[Tensor], list[Tensor]], size: Sequence[int], values: 
     shapes = [tuple(m.shape[1:]) for m in maps]
     expected = [(c, *(ceil_div(side, s) for side in size)) for c, s in zip(model.out_channels, STRIDES, strict=True)]
     assert shapes == expected, f"at {size} maps are {shapes}, not {expected}"
-    assert all(m.isfinite().all() for m in maps), f"at {size} values are not finite"
     if not values:
         return
+    assert all(m.isfinite().all() for m in maps), f"at {size} values are not finite"
     one = images[:1].clone()
     alone = model(one)
     for a, b in zip(maps, alone, strict=True):
@@ -105,33 +114,50 @@ def check(model: Callable[[Tensor], list[Tensor]], size: Sequence[int], values: 
         assert not same, f"at {size} the last cell at stride {stride} does not see the last pixels"
 
 
-@torch.no_grad()
-def _of_timm(name: str, sizes: Sequence[tuple[int, int]]) -> str:
+def _where_it_runs(function: Callable[[], Any]) -> Any:
+    """On the meta device; of models that look at values, which it has not, on the CPU."""
+    try:
+        with torch.device("meta"):
+            return function()
+    except (RuntimeError, NotImplementedError) as error:
+        if "meta" not in str(error).lower():
+            raise
+    return function()
+
+
+def _words(error: Exception) -> str:
+    words = " ".join(str(error).split())
+    return words if isinstance(error, InputError) else f"{type(error).__name__}: {words[:100]}"
+
+
+def _of_timm(name: str, sizes: Sequence[Sequence[int]]) -> str:
     """What timm's own feature maps lack, at the first size where they lack anything."""
     try:
-        model = timm.create_model(name, features_only=True).eval()
-        for height, width in sizes:
-            maps = model(torch.randn(1, 3, height, width))
-            info = zip(model.feature_info.channels(), model.feature_info.reduction(), strict=True)
-            exact = {
-                stride
-                for m, (channels, stride) in zip(maps, info, strict=True)
-                if m.shape[1:] == (channels, ceil_div(height, stride), ceil_div(width, stride))
-            }
-            if not exact >= set(STRIDES):
-                shapes = ", ".join("x".join(map(str, m.shape[1:])) for m in maps)
-                return f"at {height}x{width} maps of {shapes}, told as strides {model.feature_info.reduction()}"
+        return _where_it_runs(lambda: _lacks(timm.create_model(name, features_only=True).eval(), sizes)) or "kept"
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:90]}"
-    return "kept"
 
 
-@torch.no_grad()
-def _difference(name: str, native: Sequence[int]) -> float | None:
+def _lacks(model: nn.Module, sizes: Sequence[Sequence[int]]) -> str:
+    for height, width in sizes:
+        maps = model(torch.randn(1, 3, height, width))
+        info = zip(model.feature_info.channels(), model.feature_info.reduction(), strict=True)
+        exact = {
+            stride
+            for m, (channels, stride) in zip(maps, info, strict=True)
+            if m.shape[1:] == (channels, ceil_div(height, stride), ceil_div(width, stride))
+        }
+        if not exact >= set(STRIDES):
+            shapes = ", ".join("x".join(map(str, m.shape[1:])) for m in maps)
+            return f"at {height} x {width} maps of {shapes}, told as strides {model.feature_info.reduction()}"
+    return ""
+
+
+def _difference(name: str) -> float | None:
     facts = table.models()[name]
-    if facts.refused or facts.pad_convolutions or any(side % facts.divisor for side in native):
+    if facts.refused or facts.pad_convolutions:
         return None
-    images = torch.randn(1, 3, *native)
+    images = torch.randn(1, 3, *(facts.side or [math.lcm(facts.divisor, 32)] * 2))
     ours = build_backbone(f"timm/{name}", pyramid="plain").eval()
     try:
         model = timm.create_model(name, features_only=True, **facts.options).eval()

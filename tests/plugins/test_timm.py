@@ -119,7 +119,9 @@ class TestCatalogue:
 
 
 @same_version
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_coatnet", "vgg11", "inception_v3"])
+@pytest.mark.parametrize(
+    "name", ["test_resnet", "test_vit", "test_convnext", "test_coatnet", "dla46x_c", "inception_v3"]
+)
 def test_the_table_says_what_is_measured(name):
     assert table.models()[name] == measure(name)
 
@@ -145,7 +147,7 @@ def test_networks_that_are_exact_are_not_padded(name):
         torch.testing.assert_close(m, by_stride[stride], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["test_convnext", "test_vit", "test_maxvit", "vgg11", "test_vit_relpos"])
+@pytest.mark.parametrize("name", ["test_convnext", "test_vit", "test_maxvit", "dla46x_c", "test_vit_relpos"])
 def test_the_others_are_padded_at_the_right_and_bottom(name):
     ours = build(name, pyramid="plain")
     theirs = build_timm(name, **ours.facts.options)
@@ -162,7 +164,7 @@ def test_the_others_are_padded_at_the_right_and_bottom(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["test_resnet", "test_convnext", "test_vit", "test_vit2", "vgg11", "xcit_nano_12_p16_224"]
+    "name", ["test_resnet", "test_convnext", "test_vit", "test_vit2", "dla46x_c", "xcit_nano_12_p16_224"]
 )
 @pytest.mark.parametrize("size", [(1, 1), (5, 300), (33, 65), (250, 333)])
 def test_maps_of_any_size_are_as_promised(name, size):
@@ -255,12 +257,13 @@ class TestRefusals:
             torch.testing.assert_close(model(images)[0], model(padded)[0][..., :4, :5])
 
     @pytest.mark.parametrize(("name", "options", "words"), [
-        ("vgg11", {"drop_path_rate": 0.1}, "timm/vgg11 has no drop_path_rate"),
-        ("vgg11", {"checkpointing": True}, "timm/vgg11 has no activation checkpointing"),
+        ("dla46x_c", {"drop_path_rate": 0.1}, "timm/dla46x_c has no drop_path_rate"),
+        ("dla46x_c", {"checkpointing": True}, "timm/dla46x_c has no activation checkpointing"),
         ("test_vit", {"output_stride": 8}, "output_stride=8 is not supported"),
         ("test_resnet", {"frozen_stages": 9}, "frozen_stages=9 is out of range"),
         ("test_resnet", {"stem_widths": 9}, "no option 'stem_widths'"),
         ("test_resnet", {"out_indices": (4,)}, "out_indices"),
+        ("test_resnet", {"img_size": 64}, "timm/test_resnet has no img_size"),
     ])  # fmt: skip
     def test_options_that_the_model_does_not_have(self, name, options, words):
         with pytest.raises(InputError, match=words):
