@@ -55,7 +55,7 @@ def list_backbones(pattern: str = "*", plugin: str | None = None) -> list[str]:
     Args:
         pattern: shell-style, matched against the bare name and the canonical id. Catalogues too large to list,
             such as `timm/*`, are searched where the pattern has their namespace.
-        plugin: only those of this namespace or distribution, its catalogue included.
+        plugin: only those of this namespace, its catalogue included, or of this distribution.
 
     Returns:
         Bare names, and canonical ids (`namespace/name`) where the bare name means another backbone or several.
@@ -75,7 +75,7 @@ def list_backbones(pattern: str = "*", plugin: str | None = None) -> list[str]:
         for spec in owner.specs.values()
         if fnmatchcase(spec.name, pattern) or fnmatchcase(owner.canonical(spec), pattern)
     ]
-    namespace = "*" if plugin is not None else pattern.partition("/")[0] if "/" in pattern else ""
+    namespace = plugin if plugin is not None else pattern.partition("/")[0] if "/" in pattern else ""
     for owner in plugins:
         if fnmatchcase(owner.namespace, namespace):
             found = (f"{owner.namespace}/{name}" for name in owner.catalogue() if name not in owner.specs)
