@@ -173,7 +173,7 @@ def load_weights(model: "Backbone", source: str | os.PathLike | Mapping[str, Ten
         if name not in fitting and name not in report.mismatched and not name.endswith("num_batches_tracked")
     }
 
-    required = {n: p.numel() for n, p in model.named_parameters() if not _is_new(n, model.new_parts)}
+    required = {n: p.numel() for n, p in model.named_parameters() if not is_new(n, model.new_parts)}
     fits = [n for n in required if n in fitting]
     report.share = min(
         sum(required[n] for n in fits) / max(1, sum(required.values())), len(fits) / max(1, len(required))
@@ -186,7 +186,7 @@ def load_weights(model: "Backbone", source: str | os.PathLike | Mapping[str, Ten
         )
     model.load_state_dict(fitting, strict=False)
     model.load_report = report
-    left_out = [n for n in [*report.missing, *report.mismatched] if not _is_new(n, model.new_parts)]
+    left_out = [n for n in [*report.missing, *report.mismatched] if not is_new(n, model.new_parts)]
     _log.log(logging.WARNING if left_out else logging.INFO, "%s", report)
     return report
 
@@ -278,7 +278,8 @@ def _fit(model: "Backbone", name: str, value: Tensor, own: Tensor, state: Mappin
     return model.adapt_table(name, value, state)
 
 
-def _is_new(name: str, parts: tuple[str, ...]) -> bool:
+def is_new(name: str, parts: tuple[str, ...]) -> bool:
+    """Whether a parameter belongs to one of a model's parts that published weights do not hold."""
     return any(f"{name}.".startswith(f"{part}.") for part in parts)
 
 

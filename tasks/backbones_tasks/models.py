@@ -9,6 +9,7 @@ from torch import nn
 
 from backbones import build_backbone
 from backbones.errors import InputError
+from backbones.weights import is_new
 
 BackboneLike = str | Mapping[str, Any] | nn.Module
 
@@ -31,6 +32,12 @@ class HoldsBackbone:
         backbone = self.get_submodule(self.backbone_path)
         names = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()
         return {f"{self.backbone_path}.{name}" for name in names}
+
+    def backbone_parameters(self) -> list[nn.Parameter]:
+        """Those of the backbone, but for what its published weights do not hold, such as a head or a pyramid."""
+        backbone = self.get_submodule(self.backbone_path)
+        new = getattr(backbone, "new_parts", ())
+        return [p for name, p in backbone.named_parameters() if not is_new(name, new)]
 
 
 def make_backbone(backbone: BackboneLike, owner: str, **defaults: Any) -> nn.Module:

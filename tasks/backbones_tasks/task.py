@@ -34,6 +34,7 @@ class Task(LightningModule):
         lr: learning rate of the last layers, after warm-up
         weight_decay: norms, biases and position tables have none
         layer_decay: factor to the learning rate per layer towards the input; 1 is off, 0.65 to 0.9 suits fine-tuning
+        backbone_lr: factor to the learning rate of all that published weights hold; 0.1 to 0.5 suits fine-tuning
         schedule: how the learning rate falls, step by step: one of timm's, by name
         schedule_options: its own, as `timm.scheduler.create_scheduler_v2` has them, such as `decay_rate`, which is the
             exponent of "poly" (0.9 unless given), or `decay_milestones` in epochs
@@ -73,6 +74,7 @@ class Task(LightningModule):
         lr: float = 1e-3,
         weight_decay: float = 0.05,
         layer_decay: float = 1.0,
+        backbone_lr: float = 1.0,
         schedule: str = "cosine",
         schedule_options: dict[str, Any] | None = None,
         warmup: float = 0.1,
@@ -89,6 +91,7 @@ class Task(LightningModule):
                 "lr": lr,
                 "weight_decay": weight_decay,
                 "layer_decay": layer_decay,
+                "backbone_lr": backbone_lr,
                 "schedule": schedule,
                 "schedule_options": schedule_options or {},
                 "warmup": warmup,
@@ -181,7 +184,7 @@ class Task(LightningModule):
         torch.manual_seed(mix(self.hparams["seed"], self.current_epoch, batch_idx, self.global_rank))
 
     def make_optimizer(self) -> Optimizer:
-        """timm's optimizer with a learning rate per layer; norms, biases and position tables do not decay."""
+        """timm's optimizer; norms, biases and position tables do not decay, and layers have an `lr_scale` each."""
         options = self.hparams
         optimizer = create_optimizer_v2(
             self.model,
@@ -191,8 +194,14 @@ class Task(LightningModule):
             layer_decay=options["layer_decay"] if options["layer_decay"] < 1 else None,
             **options["optimizer_options"],
         )
-        for group in optimizer.param_groups:  # the schedule, which scales them by layer, begins with the first step
-            group["lr"] = options["lr"] * group.get("lr_scale", 1.0)
+        if options["backbone_lr"] != 1:
+            published = set(self.model.backbone_parameters())
+            for group in list(optimizer.param_groups):
+                inside = [p for p in group["params"] if p in published]
+                group["params"] = [p for p in group["params"] if p not in published]
+                scale = options["backbone_lr"] * group.get("lr_scale", 1.0)
+                optimizer.param_groups.append({**group, "params": inside, "lr_scale": scale})
+            optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -200,10 +209,13 @@ class Task(LightningModule):
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise InputError("the schedule needs an end: set --trainer.max_epochs or --trainer.max_steps")
+        self.trainer.fit_loop.setup_data()  # with --trainer.max_steps, nobody has counted the batches yet
         optimizer = self.make_optimizer()
         epochs = steps * self.trainer.accumulate_grad_batches / self.trainer.num_training_batches
         scheduler = make_schedule(self.hparams, optimizer, steps, epochs)
-        if scheduler is None:  # "none"
+        if scheduler is None:  # "none"; schedules scale by layer
+            for group in optimizer.param_groups:
+                group["lr"] *= group.get("lr_scale", 1.0)
             return {"optimizer": optimizer}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -198,11 +198,11 @@ def print_groups(task: Task) -> None:
     """Print the optimizer's groups: learning rate at its highest, weight decay, parameters and their names."""
     names = {parameter: name for name, parameter in task.model.named_parameters()}
     print(f"{'lr':>9}  {'decay':>5}  {'tensors':>7}  {'parameters':>11}  names")
-    groups = sorted(task.make_optimizer().param_groups, key=lambda group: (group["lr"], group["weight_decay"]))
-    for group in groups:
+    rates = [(g["lr"] * g.get("lr_scale", 1.0), g["weight_decay"], g) for g in task.make_optimizer().param_groups]
+    for rate, _, group in sorted(rates, key=lambda row: row[:2]):
         numbers = sum(p.numel() for p in group["params"])
         shown = _shortened([names[p] for p in group["params"]])
-        print(f"{group['lr']:9.2e}  {group['weight_decay']:5.2f}  {len(group['params']):7}  {numbers:11,}  {shown}")
+        print(f"{rate:9.2e}  {group['weight_decay']:5.2f}  {len(group['params']):7}  {numbers:11,}  {shown}")
     frozen = [name for parameter, name in names.items() if not parameter.requires_grad]
     if frozen:
         print(f"{'frozen':>9}  {'':5}  {len(frozen):7}  {'':11}  {_shortened(frozen)}")

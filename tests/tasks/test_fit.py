@@ -18,6 +18,7 @@ from PIL import Image
 
 from backbones.cli import main
 from backbones_tasks.callbacks import AtomicCheckpointIO
+from backbones_tasks.classification import ClassificationTask
 from backbones_tasks.data import ShapesDataset
 from backbones_tasks.prediction import load_task
 from backbones_tasks.segmentation import SegmentationTask
@@ -212,6 +213,36 @@ def test_the_groups_of_the_optimizer_are_printed(capsys):
         p.numel() for p in model.parameters()
     )
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant", "none"])
+def test_every_layer_trains_at_its_own_rate(monkeypatch, schedule):
+    rates = {}
+
+    def keep(self, optimizer):
+        names = {p: name for name, p in self.model.named_parameters()}
+        rates.update({names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]})
+
+    monkeypatch.setattr(SegmentationTask, "on_before_optimizer_step", keep, raising=False)
+    options = ["--backbone=pvt_v2_b0", "--model.layer_decay=0.5", "--model.backbone_lr=0.1", "--model.warmup=0"]
+    assert fit(*options, f"--model.schedule={schedule}", "--trainer.max_steps=1", "--trainer.max_epochs=-1") == 0
+    top = max(rates.values())
+    assert top == pytest.approx(1e-3)
+    relative = {name: rate / top for name, rate in rates.items()}
+    assert relative["head.0.weight"] == 1
+    assert relative["backbone.stages.3.blocks.1.attn.q.weight"] == pytest.approx(0.1 * 0.5)
+    assert relative["backbone.stages.3.blocks.0.attn.q.weight"] == pytest.approx(0.1 * 0.5**2)
+    assert relative["backbone.stages.0.embed.proj.weight"] == pytest.approx(0.1 * 0.5**12)
+    assert len(rates) == len(list(SegmentationTask("pvt_v2_b0").model.parameters()))
+
+
+def test_a_new_head_is_not_slowed_down_with_its_backbone():
+    task = ClassificationTask("vit_tiny_patch16", num_classes=3, backbone_lr=0.1)
+    names = {p: name for name, p in task.model.named_parameters()}
+    groups = task.make_optimizer().param_groups
+    rates = {names[p]: group.get("lr_scale", 1) for group in groups for p in group["params"]}
+    assert {name for name, rate in rates.items() if rate == 1} == {"backbone.head.weight", "backbone.head.bias"}
+    assert len(rates) == len(names)
 
 
 def test_drop_path_is_at_work(trained):
