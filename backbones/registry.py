@@ -55,7 +55,7 @@ def list_backbones(pattern: str = "*", plugin: str | None = None) -> list[str]:
     Args:
         pattern: shell-style, matched against the bare name and the canonical id. Catalogues too large to list,
             such as `timm/*`, are searched where the pattern has their namespace.
-        plugin: only those of this namespace, its catalogue included, or of this distribution.
+        plugin: only those of this namespace or distribution, its catalogue included; `dense-backbones` has too many.
 
     Returns:
         Bare names, and canonical ids (`namespace/name`) where the bare name means another backbone or several.
@@ -75,9 +75,13 @@ def list_backbones(pattern: str = "*", plugin: str | None = None) -> list[str]:
         for spec in owner.specs.values()
         if fnmatchcase(spec.name, pattern) or fnmatchcase(owner.canonical(spec), pattern)
     ]
-    namespace = plugin if plugin is not None else pattern.partition("/")[0] if "/" in pattern else ""
+    namespace = pattern.partition("/")[0] if "/" in pattern else ""
     for owner in plugins:
-        if fnmatchcase(owner.namespace, namespace):
+        # Our own distribution has many plugins: their catalogues are listed by namespace only.
+        asked = fnmatchcase(owner.namespace, namespace)
+        if plugin is not None:
+            asked = plugin == owner.namespace or not owner.first_party
+        if asked:
             found = (f"{owner.namespace}/{name}" for name in owner.catalogue() if name not in owner.specs)
             names += [name for name in found if fnmatchcase(name, pattern)]
     return sorted(names, key=lambda name: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", name)])
@@ -202,7 +206,8 @@ def _unknown(name: str) -> UnknownBackbone:
     near = difflib.get_close_matches(name.lower(), known)
     message = f"there is no backbone {name!r}"
     model, _, tag = name.partition(".")
-    if model in names and tag in [row.tag for row in names[model].weights]:  # timm writes both in one name
+    claims = _claims(model) if tag else []
+    if claims and tag in [row.tag for row in claims[0][1].weights]:  # timm writes both in one name
         message += f"; weights are an option of their own: build_backbone({model!r}, pretrained={tag!r})."
     else:
         message += f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
