@@ -53,12 +53,12 @@ class Plugin:
         self.specs[spec.name] = spec
         self.names |= dict.fromkeys((*spec.aliases, spec.name), spec)
 
-    def find(self, name: str) -> BackboneSpec | None:
+    def find(self, name: str, qualified: bool) -> BackboneSpec | None:
         """What the plugin's `find_backbone` returns for a name that it need not list."""
         if self.hooks is None:
             return None
         try:
-            answers = self.hooks.find_backbone(name=name)
+            answers = self.hooks.find_backbone(name=name, qualified=qualified)
             for spec in answers:
                 self.require_spec(spec, "find_backbone")
         except UnknownBackbone:  # it is this plugin's to know, and it says why it does not

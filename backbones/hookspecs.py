@@ -21,8 +21,9 @@ def catalogue() -> Iterable[str]:
 
 
 @hookspec
-def find_backbone(name: str) -> BackboneSpec | None:
+def find_backbone(name: str, qualified: bool) -> BackboneSpec | None:
     """Return a spec for a bare name that no plugin lists, or None; for catalogues too large to list.
 
-    Where the name can only be the plugin's, such as the id of a hub, raise `UnknownBackbone` to say why there is none.
+    `qualified` tells whether the user wrote the plugin's namespace before it; leave it out if that is no matter. Where
+    it is true, raise `UnknownBackbone` to say why there is no such backbone.
     """

@@ -175,7 +175,7 @@ def _claims(name: str, listed_only: bool = False) -> list[tuple[Plugin, Backbone
     """Who has a backbone of this name: listed before found, then first-party first; peers share the claim."""
     namespace, _, bare = name.partition("/") if "/" in name else ("", "", name)
     plugins = [p for p in _plugins() if namespace in ("", p.namespace)]
-    lookups = [lambda p: p.names.get(bare), lambda p: p.find(bare)]
+    lookups = [lambda p: p.names.get(bare), lambda p: p.find(bare, qualified=bool(namespace))]
     for lookup in lookups[:1] if listed_only else lookups:
         for first_party in (True, False):
             claims = [(p, spec) for p in plugins if p.first_party is first_party and (spec := lookup(p))]

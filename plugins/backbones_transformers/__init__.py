@@ -23,12 +23,14 @@ def catalogue() -> list[str]:
 
 
 @hookimpl
-def find_backbone(name: str) -> BackboneSpec | None:
-    """The spec of a hub id, of a folder with a `config.json`, or of a model type.
+def find_backbone(name: str, qualified: bool) -> BackboneSpec | None:
+    """The spec of a hub id, of a folder with a `config.json`, or of a model type; `swin` alone is not one of ours.
 
     Raises:
         UnknownBackbone: the configuration cannot be had.
     """
+    if not qualified:
+        return None
     settings = configs.read(name)
     if settings is None:
         return None

@@ -46,7 +46,7 @@ FAULTS = {
     "wrong_api": ("incompatible", "is made for plugin API 99"),
     "wrong_arguments": ("broken", "Argument(s) {'registry'}"),
 }
-SOUND = {"good", "rival", "raising_find", "unmarked"}  # as far as reading them goes
+SOUND = {"good", "particular", "rival", "raising_find", "unmarked"}  # as far as reading them goes
 
 
 @pytest.fixture
@@ -253,6 +253,15 @@ def test_a_catalogue_finds_what_it_does_not_list(throwaway):
     assert backbones.backbone_info("good_net_wide_32").channels == (32, 64)
     model = backbones.build_backbone("good/good_net_wide_24")
     assert (model.canonical_name, model.out_channels) == ("good/good_net_wide_24", [24, 48])
+
+
+def test_a_plugin_may_want_its_namespace_and_answer_for_names_that_it_lacks(throwaway):
+    assert backbones.backbone_info("particular/owner/net").canonical_name == "particular/owner/net"
+    with pytest.raises(UnknownBackbone, match="there is no backbone 'net'"):
+        backbones.backbone_info("net")
+    with pytest.raises(UnknownBackbone, match="the owner has no nets"):
+        backbones.backbone_info("particular/nets")
+    assert next(p.status for p in backbones.plugins() if p.namespace == "particular") == "ok"
 
 
 def test_a_catalogue_that_raises_is_reported_and_harms_nothing(throwaway):
