@@ -64,7 +64,6 @@ def maps_of(model, *size, seed=1):
 
 class TestCatalogue:
     @same_version
-    @pytest.mark.xfail(strict=True, reason="`python -m backbones_timm.measure --missing` has to add the rest")
     def test_it_is_all_of_timm(self):
         assert sorted(table.models()) == sorted(timm.list_models())
 
