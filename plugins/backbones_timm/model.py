@@ -3,7 +3,7 @@
 import inspect
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -277,10 +277,13 @@ class TimmBackbone(Backbone):
         ends = [self._last_layer(name, layers) for name in self._stage_names()]
         stages: list[list[nn.Module | nn.Parameter]] = [[] for _ in range(len(ends) + 1)]
 
-        def stage_of(name: str) -> int:
-            if layers[name] == 0:
+        layer_of = {parameter: layers[name] for name, parameter in self.model.named_parameters()}
+
+        def stage_of(parameter: nn.Parameter) -> int:
+            layer = layer_of[parameter]
+            if layer == 0:
                 return 0
-            return 1 + next((i for i, end in enumerate(ends) if layers[name] <= end), len(ends) - 1)
+            return 1 + next((i for i, end in enumerate(ends) if layer <= end), len(ends) - 1)
 
         for found, part in _largest_parts(self.model, stage_of):
             stages[found].append(part)
@@ -348,14 +351,14 @@ class TimmBackbone(Backbone):
 
 
 def _largest_parts(
-    module: nn.Module, stage_of: Any, prefix: str = ""
+    module: nn.Module, stage_of: Callable[[nn.Parameter], int], whole: bool = False
 ) -> Iterator[tuple[int, nn.Module | nn.Parameter]]:
     """Modules, as large as may be, and single parameters, each with the one stage that all of it belongs to."""
-    found = {stage_of(prefix + name) for name, _ in module.named_parameters()}
-    if len(found) == 1 and prefix:
+    found = {stage_of(parameter) for parameter in module.parameters()}
+    if len(found) == 1 and whole:
         yield found.pop(), module
         return
-    for name, parameter in module.named_parameters(recurse=False):
-        yield stage_of(prefix + name), parameter
-    for name, child in module.named_children():
-        yield from _largest_parts(child, stage_of, f"{prefix}{name}.")
+    for parameter in module.parameters(recurse=False):
+        yield stage_of(parameter), parameter
+    for child in module.children():
+        yield from _largest_parts(child, stage_of, whole=True)
