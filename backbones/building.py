@@ -150,7 +150,7 @@ def _construct(plugin: Plugin, spec: BackboneSpec, make: Callable[..., Any], opt
         # Copied, because a constructor may change the lists and dicts that it is given.
         return make(**(copy.deepcopy(dict(spec.defaults)) | options))
     except Exception as error:
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        unknown = re.search(r"unexpected keyword argument(?:\(s\):)? \[?'(\w+)'", str(error))
         if isinstance(error, TypeError) and unknown and unknown[1] in options:
             raise InputError(_no_such_option(plugin.canonical(spec), unknown[1], make)) from error
         if hasattr(error, "add_note"):  # Python 3.11

@@ -157,7 +157,7 @@ class TimmBackbone(Backbone):
         try:
             model = create(self.model_name, pad_convolutions, **options, **rate)
         except TypeError as error:
-            found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            found = re.search(r"unexpected keyword argument(?:\(s\):)? \[?'(\w+)'", str(error))
             option = found[1] if found else ""
             if option == "drop_path_rate" and not self.drop_path_rate:
                 return create(self.model_name, pad_convolutions, **options)

@@ -194,9 +194,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in args.names or smallest_of_each_module().values():
         try:
             verdicts.append(judge(name))
-        except AssertionError as error:
+        except Exception as error:  # maps other than promised, or an error that says nothing of sizes
             broken += 1
-            print(f"{table.models()[name].module}: {name}: BROKEN: {error}", flush=True)
+            print(f"{table.models()[name].module}: {name}: BROKEN: {type(error).__name__}: {error}", flush=True)
         else:
             print(verdicts[-1], flush=True)
     ours = [verdict.ours for verdict in verdicts]
