@@ -96,8 +96,7 @@ class Plugin:
 def read_plugins() -> list[Plugin]:
     """Every installed plugin, first-party first, then by namespace."""
     plugins: list[Plugin] = []
-    for entry_point in _entry_points():
-        distribution, version = owner(entry_point)
+    for entry_point, distribution, version in _entry_points():
         plugin = Plugin(
             namespace=entry_point.name, distribution=distribution, version=version, module=entry_point.value
         )
@@ -117,10 +116,14 @@ def read_plugins() -> list[Plugin]:
     return plugins
 
 
-def _entry_points() -> list[EntryPoint]:
-    """One entry point per plugin, however often its metadata is on the path."""
-    unique = {(normalized(owner(ep)[0]), ep.name, ep.value): ep for ep in entry_points(group=GROUP)}
-    return [unique[key] for key in sorted(unique, key=lambda key: (key[0] != FIRST_PARTY, key[1], key[0]))]
+def _entry_points() -> list[tuple[EntryPoint, str, str]]:
+    """One entry point per plugin, however often its metadata is on the path, with its distribution and version."""
+    unique = {}
+    for entry_point in entry_points(group=GROUP):
+        distribution, version = owner(entry_point)
+        key = (normalized(distribution) != FIRST_PARTY, entry_point.name, normalized(distribution), entry_point.value)
+        unique[key] = (entry_point, distribution, version)
+    return [unique[key] for key in sorted(unique)]
 
 
 def _blocked(plugin: Plugin) -> str:
@@ -176,7 +179,8 @@ def _load(plugin: Plugin, entry_point: EntryPoint) -> None:
 def owner(entry_point: EntryPoint) -> tuple[str, str]:
     """Name and version of the distribution; `unknown` where an interrupted uninstall has left half of it."""
     try:
-        return entry_point.dist.name or "unknown", entry_point.dist.version or "unknown"
+        metadata = entry_point.dist.metadata  # parsed anew whenever it is asked for
+        return metadata["Name"] or "unknown", metadata["Version"] or "unknown"
     except Exception:  # what is raised for missing metadata differs between versions of Python
         return "unknown", "unknown"
 

@@ -18,7 +18,7 @@ def register_backbones() -> list[BackboneSpec]:
 @hookimpl
 def catalogue() -> list[str]:
     """Names of all models of the version of timm that the table was measured with."""
-    return list(table.models())
+    return table.names()
 
 
 @hookimpl
