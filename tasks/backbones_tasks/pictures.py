@@ -162,6 +162,7 @@ def save_curves(path: str | Path, metrics_csv: str | Path, scores: Sequence[str]
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     axes[1].set_ylim(0, 1)
     figure.savefig(path, dpi=120)
