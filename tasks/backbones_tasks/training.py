@@ -164,7 +164,7 @@ class CommandLine(LightningCLI):
             self.datamodule.setup("fit")  # faulty data are found now, and leave no run folder behind
             self.run_folder = self.claim_run()
         run = self.run_folder
-        callbacks = [Progress()]
+        callbacks = [] if self.config.trainer.enable_progress_bar is False else [Progress()]
         if run is None:
             options["logger"] = False
         elif not self.config.trainer.fast_dev_run:

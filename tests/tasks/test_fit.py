@@ -236,6 +236,10 @@ def test_every_layer_trains_at_its_own_rate(monkeypatch, schedule):
     assert len(rates) == len(list(SegmentationTask("pvt_v2_b0").model.parameters()))
 
 
+def test_the_progress_bar_can_be_turned_off():
+    assert fit("--trainer.enable_progress_bar=false", "--trainer.max_steps=1", "--trainer.max_epochs=-1") == 0
+
+
 def test_a_new_head_is_not_slowed_down_with_its_backbone():
     task = ClassificationTask("vit_tiny_patch16", num_classes=3, backbone_lr=0.1)
     names = {p: name for name, p in task.model.named_parameters()}
