@@ -178,6 +178,7 @@ def quiet() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*GPU available but not used.*",
         ".*The dirpath has changed.*",
+        ".*could not find the monitored key.*",
         ".*isinstance.treespec, LeafSpec.*",
         ".*callbacks used to create the checkpoint need to be provided.*",
         ".*eval mode at the start of training.*",

@@ -226,7 +226,8 @@ def report(run: Path, task: Task, data: LightningDataModule) -> None:
     images = "DIR"
     if data.root:
         images = data.root / "images" if (data.root / "images").is_dir() else data.root
-    command = ["--ckpt", run / "checkpoints" / "best.ckpt", "--images", images, "--out", run / "labelled"]
+    checkpoint = "best.ckpt" if rows else "last.ckpt"  # nothing was measured if training ended within its first epoch
+    command = ["--ckpt", run / "checkpoints" / checkpoint, "--images", images, "--out", run / "labelled"]
     print(f"label your own images: backbones predict {task.name} {shlex.join(map(str, command))}")
 
 

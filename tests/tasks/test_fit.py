@@ -236,8 +236,10 @@ def test_every_layer_trains_at_its_own_rate(monkeypatch, schedule):
     assert len(rates) == len(list(SegmentationTask("pvt_v2_b0").model.parameters()))
 
 
-def test_the_progress_bar_can_be_turned_off():
+def test_a_training_of_a_few_steps_without_progress_bar_leaves_a_checkpoint(capsys):
     assert fit("--trainer.enable_progress_bar=false", "--trainer.max_steps=1", "--trainer.max_epochs=-1") == 0
+    checkpoint = re.search(r"--ckpt (\S+)", capsys.readouterr().out)[1]
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 1
 
 
 def test_a_new_head_is_not_slowed_down_with_its_backbone():
