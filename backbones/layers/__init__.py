@@ -1,11 +1,12 @@
 """The toolkit for plugin authors: what more than one architecture needs."""
 
+from .activation import activate, gelu
 from .attention import Attention, SpatialReductionAttention, attend
 from .blocks import Blocks, residual, run_blocks
 from .cache import TableCache
-from .conv import ConvNorm, activate, conv2d, fold_norm, fold_norm_before, norm_affine, pad_same
+from .conv import ConvNorm, conv2d, fold_norm, fold_norm_before, init_conv, norm_affine, pad_same
 from .head import PreLogits
-from .linear import Linear, Mlp, gelu, init_linear, linear
+from .linear import Linear, Mlp, init_linear, linear
 from .mbconv import MBConv, SqueezeExcite, halve
 from .norm import layer_norm_2d
 from .padding import ceil_div, crop_to, pad_to_multiple
@@ -35,6 +36,7 @@ __all__ = [
     "fold_norm_before",
     "gelu",
     "halve",
+    "init_conv",
     "init_linear",
     "layer_norm_2d",
     "linear",

@@ -4,24 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .activation import activate
 from .cache import TableCache
-from .linear import gelu, linear
-
-# What each activation is where autograd needs its input, and where it does not.
-_ACTIVATIONS = {
-    "relu": (F.relu, F.relu_),
-    "silu": (F.silu, torch.ops.aten.silu_),
-}
-
-
-def activate(x: Tensor, act: str | None) -> Tensor:
-    """ "relu", "silu", "gelu", "gelu_tanh" or None of `x`; overwrites `x` where autograd does not need it."""
-    if act is None:
-        return x
-    if act.startswith("gelu"):
-        return gelu(x, "tanh" if act == "gelu_tanh" else "none")
-    needs_input = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
-    return _ACTIVATIONS[act][not needs_input](x)
+from .linear import linear
 
 
 class ConvNorm(nn.Module):
@@ -100,6 +85,15 @@ def norm_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """What a BatchNorm multiplies by and adds in eval mode, in float64."""
     scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
     return scale, norm.bias.double() - norm.running_mean.double() * scale
+
+
+def init_conv(module: nn.Module) -> None:
+    """Normal weights of variance 2 / fan-out and zero biases, as EfficientNet starts; for `module.apply`."""
+    if isinstance(module, nn.Conv2d):
+        fan_out = module.weight[:, 0].numel() // module.groups
+        nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def pad_same(x: Tensor, kernel: int, stride: int) -> Tensor:

@@ -1,8 +1,10 @@
-"""Linear layers and activations that cost a CPU no more than they must."""
+"""Linear layers that cost a CPU no more than they must."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .activation import activate
 
 # oneDNN's float32 kernels for x86; elsewhere, or without it, `F.linear` is as good.
 _ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
@@ -45,20 +47,20 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    """GELU; overwrites `x` where autograd does not need it, because fresh memory costs more than the arithmetic."""
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
-        return F.gelu(x, approximate=approximate)
-    return torch.ops.aten.gelu_(x, approximate=approximate)
-
-
 class Mlp(nn.Module):
-    """Linear, exact GELU, linear over the last dimension: the MLP of a transformer block."""
+    """Linear, activation, linear over the last dimension: the MLP of a transformer block.
 
-    def __init__(self, dim: int, hidden: int):
+    Args:
+        dim: width.
+        hidden: width between the two layers.
+        act: activation, as `activate` takes it.
+    """
+
+    def __init__(self, dim: int, hidden: int, act: str = "gelu"):
         super().__init__()
+        self.act = act
         self.fc1 = Linear(dim, hidden)
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(gelu(self.fc1(x)))
+        return self.fc2(activate(self.fc1(x), self.act))

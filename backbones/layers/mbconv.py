@@ -5,9 +5,10 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from .activation import activate
 from .blocks import residual
 from .cache import TableCache
-from .conv import ConvNorm, activate, conv2d, fold_norm_before, norm_affine
+from .conv import ConvNorm, conv2d, fold_norm_before, norm_affine
 from .padding import is_exporting
 
 

@@ -22,6 +22,7 @@ from backbones.layers import (
     conv2d,
     gelu,
     halve,
+    init_conv,
     layer_norm_2d,
     residual,
 )
@@ -271,11 +272,7 @@ def _per_channel(scale: Tensor | None) -> Tensor | None:
 
 def _init_weights(module: nn.Module) -> None:
     """As timm's: convolutions like EfficientNet's, attention and MLP like ViT's."""
-    if isinstance(module, nn.Conv2d):
-        fan_out = module.weight[:, 0].numel() // module.groups
-        nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+    init_conv(module)
     if isinstance(module, TransformerBlock):
         for layer in module.modules():
             if isinstance(layer, nn.Conv2d):

@@ -16,11 +16,12 @@ from backbones.layers import (
     Linear,
     LogPositionBias,
     MBConv,
+    Mlp,
     PreLogits,
     RelativePositionBias,
     TableCache,
-    activate,
     ceil_div,
+    init_conv,
     init_linear,
     layer_norm_2d,
     residual,
@@ -297,19 +298,6 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
-class Mlp(nn.Module):
-    """Linear, activation, linear over the last dimension."""
-
-    def __init__(self, dim: int, hidden: int, act: str):
-        super().__init__()
-        self.act = act
-        self.fc1 = Linear(dim, hidden)
-        self.fc2 = Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(activate(self.fc1(x), self.act))
-
-
 def cut_into_parts(
     batch: int, height: int, width: int, device: torch.device, size: int, grid: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -362,11 +350,7 @@ class _Move(torch.autograd.Function):
 
 def _init_weights(module: nn.Module) -> None:
     """As timm's: convolutions like EfficientNet's, attention and MLP like ViT's."""
-    if isinstance(module, nn.Conv2d):
-        fan_out = module.weight[:, 0].numel() // module.groups
-        nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+    init_conv(module)
     if isinstance(module, PartitionAttention):
         for layer in (module.attn.qkv, module.attn.proj, module.mlp.fc1, module.mlp.fc2):
             init_linear(layer)

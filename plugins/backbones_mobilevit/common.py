@@ -1,6 +1,5 @@
 """What MobileViT and MobileViTv2 share: the MobileNetV2 trunk that their transformers sit in."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ from timm.layers import DropPath, make_divisible
 from torch import Tensor, nn
 
 from backbones.backbone import Backbone
-from backbones.layers import Blocks, ConvNorm, ceil_div, init_linear, residual
+from backbones.layers import Blocks, ConvNorm, ceil_div, init_conv, init_linear, residual
 from backbones.layers.padding import is_exporting
 from backbones.weights import KeyLayout
 
@@ -137,8 +136,4 @@ def even(side: int) -> int:
 
 def _init_weights(module: nn.Module) -> None:
     init_linear(module)
-    if isinstance(module, nn.Conv2d):
-        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+    init_conv(module)

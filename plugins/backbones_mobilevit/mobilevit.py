@@ -7,7 +7,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from backbones.layers import Attention, ConvNorm, Linear, activate, conv2d, residual
+from backbones.layers import Attention, ConvNorm, Mlp, conv2d, residual
 
 from .common import MobileTrunk, even, from_patches, resize, to_patches
 
@@ -86,21 +86,9 @@ class Transformer(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-5)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-5)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act="silu")
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         x = residual(x, self.drop_path(self.attn(self.norm1(x))))
         return residual(x, self.drop_path(self.mlp(self.norm2(x))))
-
-
-class Mlp(nn.Module):
-    """Linear, SiLU, linear over the last dimension."""
-
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.fc1 = Linear(dim, hidden)
-        self.fc2 = Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(activate(self.fc1(x), "silu"))

@@ -1,6 +1,5 @@
 """Pyramid Vision Transformer v2 (Wang et al., https://arxiv.org/abs/2106.13797)."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from backbones.backbone import Backbone
-from backbones.layers import Blocks, Linear, SpatialReductionAttention, gelu, init_linear, residual
+from backbones.layers import Blocks, Linear, SpatialReductionAttention, gelu, init_conv, init_linear, residual
 from backbones.weights import KeyLayout
 
 TIMM = KeyLayout("timm", ((r"^patch_embed\.", "stages.0.embed."), (r"^(stages\.\d+)\.downsample\.", r"\1.embed.")))
@@ -146,7 +145,4 @@ class Mlp(nn.Module):
 
 def _init_weights(module: nn.Module) -> None:
     init_linear(module)
-    if isinstance(module, nn.Conv2d):
-        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-        nn.init.zeros_(module.bias)
+    init_conv(module)

@@ -1,6 +1,5 @@
 """Twins-SVT and Twins-PCPVT (Chu et al., https://arxiv.org/abs/2104.13840)."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from backbones.layers import (
     TableCache,
     attend,
     ceil_div,
+    init_conv,
     init_linear,
     layer_norm_2d,
     pad_to_multiple,
@@ -209,7 +209,4 @@ def _cut(batch: int, height: int, width: int, device: torch.device, size: int) -
 
 def _init_weights(module: nn.Module) -> None:
     init_linear(module)
-    if isinstance(module, nn.Conv2d):
-        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-        nn.init.zeros_(module.bias)
+    init_conv(module)

@@ -97,15 +97,13 @@ class PredictionPicture(Callback):
         self.file = run / "predictions.png"
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        score, best = trainer.callback_metrics.get(pl_module.metric), trainer.checkpoint_callback.best_model_score
-        if not trainer.is_global_zero or score is None or (best is not None and score <= best):
+        score = trainer.callback_metrics.get(pl_module.metric)
+        if not trainer.is_global_zero or score is None or not pl_module.is_best(score):
             return
         dataset = trainer.datamodule.datasets["val"]
         chosen = torch.linspace(0, len(dataset) - 1, min(PICTURED, len(dataset))).long().tolist()
-        pl_module.eval()
-        with torch.inference_mode(), trainer.precision_plugin.forward_context():
+        with trainer.precision_plugin.forward_context():  # still in eval mode, and without gradients
             pl_module.save_picture(self.file, [dataset[i] for i in chosen])
-        pl_module.train()
 
 
 class AveragedWeights(WeightAveraging):

@@ -18,6 +18,7 @@ from backbones.errors import InputError
 
 from .classification_data import ClassificationData, evaluation_transform
 from .classifier import build_classifier
+from .images import to_pixels
 from .pictures import save_confusion, save_labelled
 from .task import Normalise, Task
 
@@ -98,23 +99,11 @@ class ClassificationTask(Task):
         self.log_loss("train_loss", loss, len(images))
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "val_loss")
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "test_loss")
-
-    def on_validation_epoch_end(self) -> None:
-        self._finish("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._finish("test")
-
     def save_picture(self, file: Path, samples: Sequence[Batch]) -> None:
         predictions = [self(image[None].to(self.device)).argmax(1).item() for image, _ in samples]
         save_labelled(
             file,
-            [(image * 255).byte().permute(1, 2, 0).numpy() for image, _ in samples],
+            [to_pixels(image) for image, _ in samples],
             [self.class_names[label] for _, label in samples],
             [self.class_names[label] for label in predictions],
         )
@@ -131,14 +120,14 @@ class ClassificationTask(Task):
         names = [self.class_names[label] for label in labels]
         return {}, [{"class": n, "score": round(v, 4)} for n, v in zip(names, values.tolist(), strict=True)]
 
-    def _evaluate(self, batch: Batch, name: str) -> None:
+    def evaluate(self, batch: Batch, split: str) -> None:
         images, labels = batch
         logits = self(images)
         self.confusion.update(logits.argmax(1), labels)
         self.among_five += (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).sum()
-        self.log_loss(name, F.cross_entropy(logits, labels), len(images))
+        self.log_loss(f"{split}_loss", F.cross_entropy(logits, labels), len(images))
 
-    def _finish(self, split: str) -> None:
+    def finish(self, split: str) -> None:
         matrix = self.confusion.compute()  # rows are the truth
         self.confusion.reset()
         five = self.all_gather(self.among_five).sum().double()

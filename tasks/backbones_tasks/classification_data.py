@@ -18,7 +18,7 @@ from .data import ShapesOptions
 from .faults import Faults, count, tell
 from .folders import DataError
 from .images import IMAGE_SUFFIXES, UNREADABLE, read_image
-from .loading import DataModule, seeded
+from .loading import DataModule, jitter, seeded
 from .shapes import SHAPES, draw_scene
 
 SPLITS = ("train", "val", "test")
@@ -97,9 +97,7 @@ def training_transform(size: int, scale: tuple[float, float], flip: float, color
         v2.RandomResizedCrop(size, scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
         v2.RandomHorizontalFlip(flip),
     ]
-    if color_jitter:
-        steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter, hue=min(0.5, color_jitter / 4)))
-    return v2.Compose(steps)
+    return v2.Compose([*steps, *jitter(color_jitter)])
 
 
 def evaluation_transform(size: int, crop: float) -> v2.Transform:
@@ -148,10 +146,9 @@ class ClassificationData(DataModule):
         shapes: ShapesOptions = ShapesOptions(size=64, val=200),  # noqa: B008  (never changed)
         seed: int = 0,
     ):
-        super().__init__(batch_size, 0 if root is None and num_workers is None else num_workers, seed)
+        super().__init__(root, batch_size, num_workers, seed)
         if not 0 < crop <= 1:
             raise DataError(f"crop={crop} must be over 0 and at most 1")
-        self.root = None if root is None else Path(root).expanduser()
         self.image_size = shapes.size if root is None else image_size
         self.scale, self.flip, self.color_jitter = scale, flip, color_jitter
         self.crop, self.val_fraction, self.split_seed = crop, val_fraction, split_seed

@@ -1,7 +1,6 @@
 """Images and masks for training: from folders, or drawn on the fly."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ from torchvision.transforms import v2
 
 from .folders import Classes, Pair, check_pairs, find_pairs, read_classes
 from .images import read_image, read_mask
-from .loading import DataModule, seeded
+from .loading import DataModule, jitter, seeded
 from .shapes import CLASSES as SHAPE_CLASSES
 from .shapes import draw_scene
 
@@ -101,9 +100,7 @@ def augmentation(
         ),
         v2.RandomHorizontalFlip(flip),
     ]
-    if color_jitter:
-        steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter, hue=min(0.5, color_jitter / 4)))
-    return v2.Compose(steps)
+    return v2.Compose([*steps, *jitter(color_jitter)])
 
 
 class SegmentationData(DataModule):
@@ -145,8 +142,7 @@ class SegmentationData(DataModule):
         shapes: ShapesOptions = ShapesOptions(),  # noqa: B008  (never changed)
         seed: int = 0,
     ):
-        super().__init__(batch_size, 0 if root is None and num_workers is None else num_workers, seed)
-        self.root = None if root is None else Path(root).expanduser()
+        super().__init__(root, batch_size, num_workers, seed)
         self.check, self.shapes = check, shapes
         self.crop_size, self.scale, self.flip, self.color_jitter = crop_size, scale, flip, color_jitter
         self.val_fraction, self.split_seed = val_fraction, split_seed

@@ -15,6 +15,7 @@ from .coco import CocoEvaluation
 from .detection_data import DetectionData
 from .detector import DENSE, MASKED, build_detector, check_options
 from .drawing import Objects, draw_objects, save_objects
+from .images import to_pixels
 from .task import Task
 
 SHOWN = 0.5  # least score of what pictures show, unless told
@@ -97,31 +98,12 @@ class DetectionTask(Task):
             self.log_loss(name if name.startswith("loss_") else f"loss_{name}", part.detach(), len(images))
         return loss
 
-    def on_validation_epoch_start(self) -> None:
-        self._start("val")
-
-    def on_test_epoch_start(self) -> None:
-        self._start("test")
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        images, targets = batch
-        self.evaluation.update(targets, self(images))
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
-
-    def on_validation_epoch_end(self) -> None:
-        self._finish("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._finish("test")
-
     def save_picture(self, file: Path, samples: Sequence[tuple[Tensor, dict[str, Any]]]) -> None:
         images = [image for image, _ in samples]
         found = [self([image.to(self.device)])[0] for image in images]
         save_objects(
             file,
-            [(image * 255).byte().permute(1, 2, 0).numpy() for image in images],
+            [to_pixels(image) for image in images],
             [_objects(target) for _, target in samples],
             [_objects(prediction, SHOWN) for prediction in found],
             self.class_names,
@@ -153,11 +135,15 @@ class DetectionTask(Task):
                 entry["segmentation"] = {"size": list(size), "counts": counts}
         return entries
 
-    def _start(self, split: str) -> None:
+    def start(self, split: str) -> None:
         truth = self.trainer.datamodule.datasets[split].coco()
         self.evaluation = CocoEvaluation(truth, self.class_names, self.masks)
 
-    def _finish(self, split: str) -> None:
+    def evaluate(self, batch: Batch, split: str) -> None:
+        images, targets = batch
+        self.evaluation.update(targets, self(images))
+
+    def finish(self, split: str) -> None:
         scores = self.evaluation.compute()
         self.log_scores(scores)
         if self.folder is not None and self.is_best(scores[self.metric]):

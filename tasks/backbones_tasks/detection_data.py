@@ -18,7 +18,7 @@ from .data import PAD_COLOUR, ShapesOptions
 from .faults import Faults, count, tell
 from .folders import DataError
 from .images import UNREADABLE, read_image
-from .loading import AspectRatioBatches, DataModule, EpochSampler, seeded
+from .loading import AspectRatioBatches, DataModule, EpochSampler, jitter, seeded
 from .samples import Sample, check_images, ground_truth
 from .shapes import CLASSES as SHAPE_CLASSES
 from .shapes import Scene, draw_scene
@@ -132,8 +132,7 @@ def detection_augmentation(
             CutBoxes(),
         ]
     steps.append(v2.RandomHorizontalFlip(flip))
-    if color_jitter:
-        steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter, hue=min(0.5, color_jitter / 4)))
+    steps += jitter(color_jitter)
     steps.append(v2.SanitizeBoundingBoxes(labels_getter=_per_object))
     return v2.Compose(steps)
 
@@ -189,8 +188,7 @@ class DetectionData(DataModule):
         shapes: ShapesOptions = ShapesOptions(),  # noqa: B008  (never changed)
         seed: int = 0,
     ):
-        super().__init__(batch_size, 0 if root is None and num_workers is None else num_workers, seed)
-        self.root = None if root is None else Path(root).expanduser()
+        super().__init__(root, batch_size, num_workers, seed)
         self.masks, self.check, self.faults, self.shapes = masks, check, faults, shapes
         self.crop_size, self.scale, self.flip, self.color_jitter = crop_size, scale, flip, color_jitter
         self.val_fraction, self.split_seed = val_fraction, split_seed

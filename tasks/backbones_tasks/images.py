@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 UNREADABLE = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -28,3 +29,8 @@ def read_mask(path: str | Path) -> np.ndarray:
         if len(image.getbands()) > 1:
             raise ValueError(f"is a {image.mode} image; a mask has one channel, whose values are the class indices")
         return np.asarray(image).astype(np.int64)
+
+
+def to_pixels(image: Tensor) -> np.ndarray:
+    """An image (3, H, W) in [0, 1] as (H, W, 3) uint8."""
+    return (image * 255).byte().permute(1, 2, 0).numpy()

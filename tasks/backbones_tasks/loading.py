@@ -4,11 +4,13 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import v2
 
 from .folders import DataError
 
@@ -24,6 +26,13 @@ def seeded(*numbers: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(mix(*numbers))
         yield
+
+
+def jitter(strength: float) -> list[v2.Transform]:
+    """Random brightness, contrast and saturation, and a quarter of it for hue; nothing at 0."""
+    if not strength:
+        return []
+    return [v2.ColorJitter(strength, strength, strength, hue=min(0.5, strength / 4))]
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -110,15 +119,19 @@ class DataModule(LightningDataModule):
     set says in `sizes` the (height, width) of each image as it hands them out for validation.
 
     Args:
+        root: the folder of the data; None for what is drawn
         batch_size: images per step and device
-        num_workers: processes that prepare batches; by default one per core, but at most 8
+        num_workers: processes that prepare batches; by default none for what is drawn, else one per core but at most 8
         seed: decides the order and the augmentation
     """
 
-    def __init__(self, batch_size: int, num_workers: int | None, seed: int):
+    def __init__(self, root: str | None, batch_size: int, num_workers: int | None, seed: int):
         super().__init__()
+        self.root = None if root is None else Path(root).expanduser()
         self.batch_size, self.seed = batch_size, seed
-        self.num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
+        if num_workers is None:
+            num_workers = 0 if root is None else min(8, os.cpu_count() or 1)
+        self.num_workers = num_workers
         self.datasets: dict[str, Dataset] = {}
 
     @property

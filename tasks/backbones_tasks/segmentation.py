@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from .data import SegmentationData
+from .images import to_pixels
 from .pictures import index_png, overlay, palette, save_predictions
 from .segmenter import build_segmenter, find_architecture
 from .sliding import slide
@@ -99,21 +100,9 @@ class SegmentationTask(Task):
         self.log_loss("train_loss", loss, len(images))
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "val_loss")
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "test_loss")
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_scores()
-
-    def on_test_epoch_end(self) -> None:
-        self._log_scores()
-
     def save_picture(self, file: Path, samples: Sequence[Batch]) -> None:
         predictions = [self(image[None].to(self.device)).argmax(1)[0].cpu().numpy() for image, _ in samples]
-        images = [(image * 255).byte().permute(1, 2, 0).numpy() for image, _ in samples]
+        images = [to_pixels(image) for image, _ in samples]
         truths = [mask.numpy() for _, mask in samples]
         save_predictions(file, images, truths, predictions, self.class_names, self.hparams["ignore_index"])
 
@@ -131,13 +120,13 @@ class SegmentationTask(Task):
         colours = palette(len(self.class_names))
         return {"overlays": Image.fromarray(overlay(image, mask, colours)), "masks": index_png(mask, colours)}, None
 
-    def _evaluate(self, batch: Batch, name: str) -> None:
+    def evaluate(self, batch: Batch, split: str) -> None:
         images, masks = batch
         logits = self(images)
         self.confusion.update(logits.argmax(1), masks)
-        self.log_loss(name, self.loss(logits, masks), len(images))
+        self.log_loss(f"{split}_loss", self.loss(logits, masks), len(images))
 
-    def _log_scores(self) -> None:
+    def finish(self, split: str) -> None:
         matrix = self.confusion.compute().double()  # rows are the truth
         self.confusion.reset()
         hits = matrix.diag()

@@ -126,6 +126,17 @@ class Task(LightningModule):
     def link(cls, parser: Any) -> None:
         """Link options of the data to those of the model, beside `linked`, on jsonargparse's parser."""
 
+    def start(self, split: str) -> None:
+        """Begin to measure on "val" or "test"."""
+
+    def evaluate(self, batch: Any, split: str) -> None:
+        """Measure a batch; a loss, if there is one, is logged as `val_loss` or `test_loss`."""
+        raise NotImplementedError
+
+    def finish(self, split: str) -> None:
+        """Log the scores of all batches since `start`."""
+        raise NotImplementedError
+
     def describe(self) -> str:
         """What is trained, in a few words."""
         raise NotImplementedError
@@ -182,6 +193,24 @@ class Task(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # drop path and dropout draw from here on: the same in a resumed run as in an uninterrupted one
         torch.manual_seed(mix(self.hparams["seed"], self.current_epoch, batch_idx, self.global_rank))
+
+    def on_validation_epoch_start(self) -> None:
+        self.start("val")
+
+    def on_test_epoch_start(self) -> None:
+        self.start("test")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.evaluate(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.evaluate(batch, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        self.finish("val")
+
+    def on_test_epoch_end(self) -> None:
+        self.finish("test")
 
     def make_optimizer(self) -> Optimizer:
         """timm's optimizer; norms, biases and position tables do not decay, and layers have an `lr_scale` each."""

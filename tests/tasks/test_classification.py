@@ -14,6 +14,8 @@ from backbones_tasks.classification import ClassificationTask
 from backbones_tasks.pictures import save_confusion
 from backbones_tasks.prediction import load_task
 
+pytestmark = pytest.mark.usefixtures("workplace")
+
 SMALL = [
     "--data.shapes.size=32",
     "--data.shapes.train=16",
@@ -22,14 +24,6 @@ SMALL = [
     "--trainer.max_epochs=2",
     "--trainer.accelerator=cpu",
 ]
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    """An empty folder to run in; nothing is handed down from one command to the next."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("BACKBONES_RUN", raising=False)
-    return tmp_path
 
 
 def fit(*options):
@@ -124,7 +118,7 @@ def test_scores_are_those_of_the_formula():
     task.model.forward = lambda images: logits
     task.validation_step((torch.rand(4, 3, 8, 8), torch.tensor([1, 2, 4, 0])), 0)
     task.all_gather = lambda value: value
-    task._finish("val")
+    task.finish("val")
     assert (logged["top1"], logged["top1_b"], logged["top1_e"]) == (0.5, 1.0, 0.0)
     assert logged["top5"] == 0.75
     assert np.isnan(logged["top1_g"])

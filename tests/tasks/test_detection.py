@@ -21,6 +21,8 @@ from backbones_tasks.prediction import load_task
 from backbones_tasks.shapes import CLASSES, draw_scene
 
 NARROW = "{fpn_channels: 16, box_channels: 32, mask_channels: 8, box_batch_size_per_image: 16, detections_per_img: 20}"
+pytestmark = pytest.mark.usefixtures("workplace")
+
 SMALL = [
     "--data.shapes.size=64",
     "--data.shapes.train=8",
@@ -28,14 +30,6 @@ SMALL = [
     "--data.batch_size=4",
     "--trainer.accelerator=cpu",
 ]
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    """An empty folder to run in; nothing is handed down from one command to the next."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("BACKBONES_RUN", raising=False)
-    return tmp_path
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,8 @@ from backbones_tasks.prediction import load_task
 from backbones_tasks.segmentation import SegmentationTask
 from backbones_tasks.training import CommandLine
 
+pytestmark = pytest.mark.usefixtures("workplace")
+
 SMALL = [
     "--data.shapes.size=32",
     "--data.shapes.train=16",
@@ -34,14 +36,6 @@ SMALL = [
     "--trainer.accelerator=cpu",
 ]
 DROP_PATH = "--backbone={name: pvt_v2_b0, drop_path_rate: 0.3}"
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    """An empty folder to run in; nothing is handed down from one command to the next."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("BACKBONES_RUN", raising=False)
-    return tmp_path
 
 
 @pytest.fixture(scope="module")
@@ -403,7 +397,7 @@ def test_scores_are_those_of_the_formula():
     truth = torch.tensor([[0, 0, 0, 1, 255]])
     prediction = torch.tensor([[0, 0, 1, 1, 2]])
     task.confusion.update(prediction, truth)
-    task._log_scores()
+    task.finish("val")
     assert logged["IoU_class 0"] == pytest.approx(2 / 3)
     assert logged["IoU_class 1"] == pytest.approx(1 / 2)
     assert np.isnan(logged["IoU_class 2"])  # neither there nor predicted where pixels count
