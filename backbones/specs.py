@@ -21,6 +21,11 @@ def is_name(value: object) -> bool:
     return isinstance(value, str) and _NAME.fullmatch(value) is not None
 
 
+def transformer_layer_decay(depth: int) -> float:
+    """`BackboneSpec.layer_decay` of a plain transformer of `depth` blocks, about as BEiT, MAE and ViTDet have it."""
+    return 0.75 if depth <= 12 else 0.8 if depth <= 24 else 0.9
+
+
 def is_path(value: object) -> bool:
     """Whether `value` can be a backbone's name: as `is_name` has it, or such names joined by '/'."""
     return isinstance(value, str) and _PATH.fullmatch(value) is not None
@@ -124,6 +129,8 @@ class BackboneSpec(_Record):
         params: parameters of the published model, in millions.
         gmacs: multiply-adds of the published model for one image of 224 x 224, in billions.
         options: options of the architecture that users may want to set, beside those of every backbone.
+        layer_decay: factor to the learning rate per layer towards the input that suits fine-tuning of published
+            weights; 1, the same rate for all layers, where its papers and official code know none.
         summary: one line for people.
         paper: address of the paper.
         license: licence of the code, as an SPDX identifier.
@@ -144,6 +151,7 @@ class BackboneSpec(_Record):
     params: float | None = None
     gmacs: float | None = None
     options: tuple[str, ...] = ()
+    layer_decay: float = 1.0
     summary: str = ""
     paper: str = ""
     license: str = ""
@@ -177,6 +185,8 @@ class BackboneSpec(_Record):
             self._require(number, name, f"give {unit}, or leave it out")
         options = isinstance(self.options, tuple) and all(isinstance(o, str) and o.isidentifier() for o in self.options)
         self._require(options, "options", "give a tuple of option names")
+        decay = type(self.layer_decay) in (int, float) and 0 < self.layer_decay <= 1
+        self._require(decay, "layer_decay", "give a number over 0 and at most 1")
         for name in ("summary", "paper", "license"):
             self._require(isinstance(getattr(self, name), str), name, "give a string")
         self._require(

@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
         "aliases": ", ".join(info.aliases),
         "built with": ", ".join(f"{option}={value!r}" for option, value in info.defaults.items()),
         "options": ", ".join(info.options),
+        "layer decay": "" if info.layer_decay == 1 else f"{info.layer_decay} to fine-tune published weights",
         "entry": info.entry,
         "plugin": f"{info.plugin} ({info.distribution} {info.version})",
         "requires": ", ".join(info.requires),

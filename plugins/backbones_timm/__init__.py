@@ -3,10 +3,14 @@
 from importlib.metadata import version
 
 from backbones import BackboneSpec, hookimpl
+from backbones.specs import transformer_layer_decay
 
 from . import table
 
 BACKBONES_API = 1
+
+# timm's modules of plain vision transformers
+_PLAIN = ("beit", "deit", "eva", "naflexvit", "vision_transformer", "vision_transformer_sam")
 
 
 @hookimpl
@@ -51,9 +55,16 @@ def describe(facts: table.Facts, weights: tuple = ()) -> BackboneSpec:
         weights=weights,
         params=facts.params or None,
         options=_options(facts),
+        layer_decay=_layer_decay(facts),
         summary=facts.sizes,
         license="Apache-2.0",
     )
+
+
+def _layer_decay(facts: table.Facts) -> float:
+    if facts.module in _PLAIN and facts.blocks:
+        return transformer_layer_decay(facts.blocks)
+    return 0.95 if facts.module == "convnext" else 1.0
 
 
 def _options(facts: table.Facts) -> tuple[str, ...]:

@@ -40,6 +40,7 @@ def find_backbone(name: str) -> BackboneSpec | None:
         options=("weights", "norm_layer", "output_stride")
         if len(model.output_strides) > 1
         else ("weights", "norm_layer"),
+        layer_decay=0.95 if model.family == "ConvNeXt" else 1.0,
         summary=f"torchvision's {name}: {family.summary}",
         paper=family.paper,
         license="BSD-3-Clause",

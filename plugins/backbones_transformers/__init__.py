@@ -1,9 +1,11 @@
 """Backbones of transformers, as a plugin: `transformers/ORGANISATION/MODEL`, a local folder, or a model type."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from backbones import BackboneSpec, Weights, hookimpl
+from backbones.specs import transformer_layer_decay
 
 from . import configs
 
@@ -49,9 +51,16 @@ def find_backbone(name: str, qualified: bool) -> BackboneSpec | None:
         entry="TransformersBackbone",
         weights=_weights(name),
         options=("config", "pyramid", "taps") if kind.plain else ("config",),
+        layer_decay=_layer_decay(settings),
         summary=f"transformers' {kind.family}" + (", with a pyramid on its last map" if kind.plain else ""),
         paper=kind.paper,
     )
+
+
+def _layer_decay(settings: Mapping[str, Any]) -> float:
+    if configs.KINDS[settings["model_type"]].plain:
+        return transformer_layer_decay(configs.complete(settings)["num_hidden_layers"])
+    return 0.95 if "convnext" in settings["model_type"] else 1.0
 
 
 def _spec(

@@ -3,6 +3,7 @@
 from typing import Any
 
 from backbones import BackboneSpec, Weights, hookimpl
+from backbones.specs import transformer_layer_decay
 
 BACKBONES_API = 1
 
@@ -143,6 +144,7 @@ def _plain(name: str, family: str, row: tuple, paper: str, defaults: dict) -> Ba
         channels=tuple(_SIZES[size][0] >> n for n in doublings),
         defaults={**_size(size), "patch_size": patch_size, **defaults},
         options=("img_size", "conv_stem", "pyramid", "taps", "window_size", "global_blocks", "global_pool"),
+        layer_decay=transformer_layer_decay(_SIZES[size][1]),
         summary="plain transformer over patches; ViTDet's simple pyramid makes its maps",
         paper=paper,
     )

@@ -23,6 +23,7 @@ def full_spec():
         params=3.4,
         gmacs=0.5,
         options=["window_size"],
+        layer_decay=0.75,
         requires=("einops>=0.7",),
     )
 
@@ -55,6 +56,10 @@ def full_spec():
         ("gmacs", 0, "billions of multiply-adds"),
         ("options", "window_size", "tuple of option names"),
         ("options", ("window size",), "tuple of option names"),
+        ("layer_decay", 0, "over 0 and at most 1"),
+        ("layer_decay", 1.1, "over 0 and at most 1"),
+        ("layer_decay", "0.75", "over 0 and at most 1"),
+        ("layer_decay", True, "over 0 and at most 1"),
         ("summary", None, "give a string"),
         ("requires", "einops", "as pip takes them"),
         ("requires", ("einops; rm -rf /",), "as pip takes them"),
