@@ -124,7 +124,9 @@ class SegmentationTask(Task):
         images, masks = batch
         logits = self(images)
         self.confusion.update(logits.argmax(1), masks)
-        self.log_loss(f"{split}_loss", self.loss(logits, masks), len(images))
+        # image by image: the mean over a batch would depend on which images are in it
+        losses = [self.loss(*pair) for pair in zip(logits.split(1), masks.split(1), strict=True)]
+        self.log_loss(f"{split}_loss", torch.stack(losses).mean(), len(images))
 
     def finish(self, split: str) -> None:
         matrix = self.confusion.compute().double()  # rows are the truth

@@ -14,6 +14,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
+from timm.utils import distribute_bn
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
@@ -170,7 +171,8 @@ class Task(LightningModule):
     def log_loss(self, name: str, loss: Tensor, batch_size: int) -> None:
         """The mean of a loss over the epoch."""
         bar = name == "train_loss"
-        self.log(name, loss, on_step=False, on_epoch=True, prog_bar=bar, batch_size=batch_size, sync_dist=True)
+        weight = float(batch_size)  # Lightning rounds the mean of integers over processes down
+        self.log(name, loss, on_step=False, on_epoch=True, prog_bar=bar, batch_size=weight, sync_dist=True)
 
     def log_scores(self, scores: Mapping[str, Any]) -> None:
         """Scores of the whole epoch, the same on every process."""
@@ -195,6 +197,9 @@ class Task(LightningModule):
         torch.manual_seed(mix(self.hparams["seed"], self.current_epoch, batch_idx, self.global_rank))
 
     def on_validation_epoch_start(self) -> None:
+        if self.trainer.world_size > 1 and self.trainer.state.fn == TrainerFn.FITTING:
+            # each process has seen images of its own; what is measured is what the first one saves
+            distribute_bn(self.model, self.trainer.world_size)
         self.start("val")
 
     def on_test_epoch_start(self) -> None:
