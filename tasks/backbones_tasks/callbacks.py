@@ -1,7 +1,6 @@
 """What a run leaves behind: checkpoints, metrics, pictures, and lines on the screen."""
 
 import csv
-import os
 import shlex
 import sys
 import time
@@ -16,6 +15,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from .pictures import save_curves
+from .runs import whole
 
 PICTURED = 6  # validation images in predictions.png
 
@@ -29,12 +29,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        with unfinished.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        with whole(path) as unfinished:
+            torch.save(checkpoint, unfinished)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True) -> dict:
         return super().load_checkpoint(path, map_location, weights_only=True)
@@ -77,7 +73,8 @@ class EpochLog(Callback):
         }
         rows = [old for old in read_metrics(self.file) if int(old["epoch"]) < trainer.current_epoch]
         _write_csv(self.file, [*rows, row])
-        save_curves(self.curves, self.file, pl_module.scores)
+        with whole(self.curves) as unfinished:
+            save_curves(unfinished, self.file, pl_module.scores)
         end = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
         epoch = f"epoch {trainer.current_epoch + 1:>3}{end}"
         labels = {"loss": "train_loss", "val loss": "val_loss"} | {s.replace("_", " "): s for s in pl_module.scores}
@@ -102,8 +99,8 @@ class PredictionPicture(Callback):
             return
         dataset = trainer.datamodule.datasets["val"]
         chosen = torch.linspace(0, len(dataset) - 1, min(PICTURED, len(dataset))).long().tolist()
-        with trainer.precision_plugin.forward_context():  # still in eval mode, and without gradients
-            pl_module.save_picture(self.file, [dataset[i] for i in chosen])
+        with whole(self.file) as unfinished, trainer.precision_plugin.forward_context():
+            pl_module.save_picture(unfinished, [dataset[i] for i in chosen])  # in eval mode, without gradients
 
 
 class AveragedWeights(WeightAveraging):
@@ -180,6 +177,7 @@ def quiet() -> None:
         ".*isinstance.treespec, LeafSpec.*",
         ".*callbacks used to create the checkpoint need to be provided.*",
         ".*eval mode at the start of training.*",
+        "Grad strides do not match bucket view strides",  # of 1x1 convolutions: either order is the same memory
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -206,9 +204,7 @@ def peak_memory_mb() -> float:
 
 def _write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    with unfinished.open("w", newline="", encoding="utf-8") as stream:
+    with whole(file) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, columns, restval="")
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(unfinished, file)

@@ -20,6 +20,7 @@ from .classification_data import ClassificationData, evaluation_transform
 from .classifier import build_classifier
 from .images import to_pixels
 from .pictures import save_confusion, save_labelled
+from .runs import whole
 from .task import Normalise, Task
 
 Batch = tuple[Tensor, Tensor]
@@ -136,4 +137,5 @@ class ClassificationTask(Task):
         right = matrix.diag() / matrix.sum(1)  # nan for a class of which there is no image
         self.log_scores(scores | {f"top1_{name}": share for name, share in zip(self.class_names, right, strict=True)})
         if self.folder is not None and self.trainer.is_global_zero and self.is_best(scores["top1"]):
-            save_confusion(self.folder / f"confusion_{split}.png", matrix.cpu().numpy(), self.class_names)
+            with whole(self.folder / f"confusion_{split}.png") as unfinished:
+                save_confusion(unfinished, matrix.cpu().numpy(), self.class_names)

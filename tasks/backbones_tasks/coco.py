@@ -17,6 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from backbones.errors import InputError
 
 from . import rle
+from .runs import whole
 
 AREAS = ("all", "small", "medium", "large")
 KINDS = {"box": "bbox", "mask": "segm"}  # our names and pycocotools'
@@ -100,7 +101,8 @@ class CocoEvaluation:
         contents = {f"results_{kind}": _entries(results, kind) for kind in self.kinds}
         contents["truth"] = self._seen(results)
         for name, content in contents.items():
-            (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+            with whole(folder / f"{name}.json") as unfinished:
+                unfinished.write_text(json.dumps(content), encoding="utf-8")
         return [folder / f"{name}.json" for name in contents]
 
     def _results(self, image_id: int, prediction: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:

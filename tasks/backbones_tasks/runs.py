@@ -2,11 +2,16 @@
 
 import os
 import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
 from backbones import weights
-from backbones.errors import InputError, WeightsError
+from backbones.errors import BackboneError, InputError, WeightsError
 
 RUNS = Path("runs")
 _HANDED_DOWN = "BACKBONES_RUN"  # tells the processes that Lightning starts for further GPUs which folder it is
@@ -16,27 +21,74 @@ def is_run(folder: Path) -> bool:
     return (folder / "config.yaml").exists() or (folder / "checkpoints").exists()
 
 
-def new_run(task: str, out: str | None) -> Path:
+def new_run(task: str, out: str | None, nodes: int = 1) -> Path:
     """Claim a folder for a new run: `out`, or else the next of `runs/TASK-001`, `runs/TASK-002`, ...
 
+    Args:
+        nodes: how many machines train together.
+
     Raises:
-        InputError: `out` holds a run already
+        InputError: `out` holds a run already, or is not given where a launcher starts the processes
     """
-    if _HANDED_DOWN in os.environ and int(os.environ.get("LOCAL_RANK", 0)) > 0:
+    if _HANDED_DOWN in os.environ and _number("LOCAL_RANK") > 0 and not _launched():
         return Path(os.environ[_HANDED_DOWN])
     if out is None:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if nodes > 1 or _launched():
             raise InputError("processes started by a launcher must be told one run folder: add --out DIR")
         folder = _next(task)
     else:
         folder = Path(out)
-        if is_run(folder) and int(os.environ.get("RANK", 0)) == 0:
+        if is_run(folder) and _first():
             raise InputError(
                 f"{folder} already holds a run; add --ckpt_path last to go on with it, or choose another --out"
             )
         folder.mkdir(parents=True, exist_ok=True)
     os.environ[_HANDED_DOWN] = str(folder.resolve())
     return folder
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """What is wrong with the arguments or the data, every process that torchrun or SLURM starts finds for itself.
+
+    The first one of each machine tells it. The others wait to be stopped, as launchers do once one has failed; what
+    only they have found, they tell then.
+    """
+    try:
+        yield
+    except BackboneError:
+        if _launched() and _number("LOCAL_RANK", "SLURM_LOCALID") > 0:
+            time.sleep(10)
+        raise
+
+
+def _launched() -> bool:
+    """Whether processes are started by torchrun or SLURM, and not by Lightning in the first one."""
+    if TorchElasticEnvironment.detect():
+        return _number("WORLD_SIZE") > 1
+    return SLURMEnvironment.detect() and _number("SLURM_NTASKS") > 1
+
+
+def _first() -> bool:
+    """Whether this is the first of all processes, whoever starts them."""
+    if "RANK" in os.environ:
+        return _number("RANK") == 0
+    return _number("LOCAL_RANK", "SLURM_PROCID") == _number("NODE_RANK") == 0
+
+
+def _number(*names: str) -> int:
+    """The first of these environment variables that is set, or 0."""
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+
+
+@contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    """Where to write a file that is whole or not there, or what it was before, whenever the process is killed."""
+    unfinished = file.with_name(f".unfinished-{file.name}")
+    yield unfinished
+    with unfinished.open("rb+") as stream:
+        os.fsync(stream.fileno())
+    os.replace(unfinished, file)
 
 
 def newest_run(task: str) -> Path:

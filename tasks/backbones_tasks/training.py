@@ -5,6 +5,7 @@ import difflib
 import json
 import re
 import shlex
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from .callbacks import (
     quiet,
     read_metrics,
 )
-from .runs import is_run, new_run, newest_run, read_checkpoint
+from .runs import is_run, new_run, newest_run, read_checkpoint, told_once, whole
 from .task import Task, find_task
 
 SHORTHANDS = {"--backbone": "--model.backbone", "--data": "--data.root"}
@@ -49,7 +50,8 @@ def run_training(command: str, name: str, argv: Sequence[str]) -> int:
     quiet()
     own, rest = _own_options(argv)
     task = find_task(name)
-    return _fit(task, own, rest) if command == "fit" else _evaluate(command, task, own, rest)
+    with told_once():
+        return _fit(task, own, rest) if command == "fit" else _evaluate(command, task, own, rest)
 
 
 def _fit(task: type[Task], own: argparse.Namespace, argv: list[str]) -> int:
@@ -59,7 +61,7 @@ def _fit(task: type[Task], own: argparse.Namespace, argv: list[str]) -> int:
     if own.print_groups:
         print_groups(CommandLine("fit", task, argv).model)
         return 0
-    cli = CommandLine("fit", task, argv, lambda: run or new_run(task.name, own.out))
+    cli = CommandLine("fit", task, argv, lambda nodes: run or new_run(task.name, own.out, nodes))
     run, trainer = cli.run_folder, cli.trainer
     if trainer.is_global_zero:
         write_config(cli, run / "config.yaml")
@@ -68,7 +70,11 @@ def _fit(task: type[Task], own: argparse.Namespace, argv: list[str]) -> int:
             print(
                 "starting anew: this run has no checkpoint yet" if checkpoint is None else f"going on from {checkpoint}"
             )
-    trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+    try:
+        trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+    except Exception:
+        _end_others(trainer)
+        raise
     if trainer.is_global_zero and not trainer.fast_dev_run:
         report(run, cli.model, cli.datamodule)
     return 0
@@ -109,10 +115,13 @@ class CommandLine(LightningCLI):
         command: fit, validate or test
         task: class of the task
         argv: what follows the task's name
-        claim_run: gives the run folder, once the arguments are known to be right; no run folder if None
+        claim_run: gives the run folder, once the arguments are known to be right, for a number of machines; no run
+            folder if None
     """
 
-    def __init__(self, command: str, task: type[Task], argv: list[str], claim_run: Callable[[], Path] | None = None):
+    def __init__(
+        self, command: str, task: type[Task], argv: list[str], claim_run: Callable[[int], Path] | None = None
+    ):
         self.task = task
         self.claim_run = claim_run
         self.run_folder: Path | None = None
@@ -162,7 +171,7 @@ class CommandLine(LightningCLI):
     def instantiate_trainer(self, **options: Any) -> Trainer:
         if self.claim_run:
             self.datamodule.setup("fit")  # faulty data are found now, and leave no run folder behind
-            self.run_folder = self.claim_run()
+            self.run_folder = self.claim_run(self.config.trainer.num_nodes)
         run = self.run_folder
         callbacks = [] if self.config.trainer.enable_progress_bar is False else [Progress()]
         if run is None:
@@ -191,7 +200,8 @@ class CommandLine(LightningCLI):
 def write_config(cli: CommandLine, file: Path) -> None:
     """Save the resolved configuration; `--config` takes it again."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    cli.parser.save(cli.config, file, skip_none=False, overwrite=True)
+    with whole(file) as unfinished:
+        cli.parser.save(cli.config, unfinished, skip_none=False, overwrite=True)
 
 
 def print_groups(task: Task) -> None:
@@ -229,6 +239,15 @@ def report(run: Path, task: Task, data: LightningDataModule) -> None:
     checkpoint = "best.ckpt" if rows else "last.ckpt"  # nothing was measured if training ended within its first epoch
     command = ["--ckpt", run / "checkpoints" / checkpoint, "--images", images, "--out", run / "labelled"]
     print(f"label your own images: backbones predict {task.name} {shlex.join(map(str, command))}")
+
+
+def _end_others(trainer: Trainer) -> None:
+    """End the processes that this one has started: what they wait for will not come."""
+    for process in getattr(trainer.strategy.launcher, "procs", []):
+        try:
+            process.wait(10)  # it may be about to tell what went wrong
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def _own_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

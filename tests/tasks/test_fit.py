@@ -366,7 +366,7 @@ def test_a_killed_save_leaves_the_former_checkpoint(tmp_path, monkeypatch):
     io.save_checkpoint({"epoch": 1}, path)
 
     def dies(checkpoint, file):
-        file.write(b"half of it")
+        file.write_bytes(b"half of it")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
