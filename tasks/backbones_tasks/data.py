@@ -1,5 +1,7 @@
 """Images and masks for training: from folders, or drawn on the fly."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,6 +9,7 @@ import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+from tqdm import tqdm
 
 from .folders import Classes, Pair, check_pairs, find_pairs, read_classes
 from .images import read_image, read_mask
@@ -44,11 +47,15 @@ class FolderDataset(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def mask(self, index: int) -> np.ndarray:
+        """The class indices (H, W) of a pair, as they are on disk."""
+        return self.classes.indices(read_mask(self.pairs[index].mask))
+
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         pair = self.pairs[index]
         image = tv_tensors.Image(v2.functional.pil_to_tensor(read_image(pair.image)))
-        mask = tv_tensors.Mask(torch.from_numpy(self.classes.indices(read_mask(pair.mask))))
+        mask = tv_tensors.Mask(torch.from_numpy(self.mask(index)))
         if self.augment is not None:
             with seeded(self.seed, epoch, index):
                 image, mask = self.augment(image, mask)
@@ -64,6 +71,10 @@ class ShapesDataset(Dataset):
 
     def __len__(self) -> int:
         return self.length
+
+    def mask(self, index: int) -> np.ndarray:
+        """The class indices (H, W) of a scene of the first epoch."""
+        return draw_scene((*self.seed, 0, index), self.size).mask
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         if not isinstance(key, tuple):
@@ -157,6 +168,17 @@ class SegmentationData(DataModule):
     @property
     def ignore_index(self) -> int:
         return self.classes.ignore_index
+
+    def count_pixels(self, split: str) -> torch.Tensor:
+        """How many pixels (classes,) of a split are of each class."""
+        dataset = self.datasets[split]
+
+        def count(index: int) -> np.ndarray:
+            return np.bincount(dataset.mask(index).ravel(), minlength=self.num_classes)[: self.num_classes]
+
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            counts = tqdm(pool.map(count, range(len(dataset))), "counting pixels", len(dataset), delay=3, leave=False)
+            return torch.from_numpy(sum(counts, np.zeros(self.num_classes, dtype=np.int64)))
 
     def load(self, splits: list[str]) -> dict[str, Dataset]:
         """Find, pair and check the files of the splits; `DataError` names the faulty ones."""

@@ -1,5 +1,7 @@
 """Read pictures of any kind as RGB, and masks of any kind as class values."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,39 @@ from torch import Tensor
 
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 UNREADABLE = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+class UnreadableImage(OSError):
+    """An image that cannot be read, for the reason that the message gives."""
+
+
+def is_large(path: str | Path) -> bool:
+    """Whether an image has more pixels than PIL opens without a warning, `PIL.Image.MAX_IMAGE_PIXELS`."""
+    limit = Image.MAX_IMAGE_PIXELS
+    try:
+        with _any_size(), Image.open(path) as image:
+            return limit is not None and image.width * image.height > limit
+    except UNREADABLE:
+        return False  # whoever reads it says why it cannot be
+
+
+def orientation(path: str | Path) -> int:
+    """The EXIF orientation of an image, 1 to 8; 1 is upright, and what is not told."""
+    try:
+        with _any_size(), Image.open(path) as image:
+            return image.getexif().get(0x0112, 1)
+    except UNREADABLE:
+        return 1
+
+
+@contextmanager
+def _any_size() -> Iterator[None]:
+    """Within, PIL opens files of any size, of which only the head is read."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def read_image(path: str | Path) -> Image.Image:

@@ -31,7 +31,11 @@ def colourise(mask: np.ndarray, colours: Sequence[Colour]) -> np.ndarray:
 
 def overlay(image: np.ndarray, mask: np.ndarray, colours: Sequence[Colour], alpha: float = 0.5) -> np.ndarray:
     """An image (H, W, 3) uint8 tinted by the colours of its mask (H, W)."""
-    return (image * (1 - alpha) + colourise(mask, colours) * alpha).round().astype(np.uint8)
+    tinted = np.empty_like(image)
+    for top in range(0, len(image), 256):  # as floating-point numbers, a large image would be much larger
+        rows = slice(top, top + 256)
+        tinted[rows] = (image[rows] * (1 - alpha) + colourise(mask[rows], colours) * alpha).round()
+    return tinted
 
 
 def index_png(mask: np.ndarray, colours: Sequence[Colour]) -> Image.Image:

@@ -7,13 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from backbones.errors import InputError
 
-from .images import IMAGE_SUFFIXES, UNREADABLE, read_image
+from .images import IMAGE_SUFFIXES, UnreadableImage
 from .runs import read_checkpoint
 from .task import Task, find_task
 
@@ -34,18 +33,19 @@ def predict(argv: Sequence[str]) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     unreadable, folders, results = {}, {}, {}
     for source, name in tqdm(sources, desc="predict", unit="image", disable=not sys.stderr.isatty()):
+
+        def place(folder: str, suffix: str, name: str = name) -> Path:
+            path = args.out / folder / f"{name}{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            folders[folder] = args.out / folder
+            return path
+
         try:
-            image = np.asarray(read_image(source))
-        except UNREADABLE as error:
+            with torch.inference_mode():
+                result = task.predict_file(source, place, args)
+        except UnreadableImage as error:
             unreadable[source] = error
             continue
-        with torch.inference_mode():
-            pictures, result = task.predict_image(image, args)
-        for folder, picture in pictures.items():
-            path = args.out / folder / f"{name}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(path)
-            folders[folder] = args.out / folder
         if result is not None:
             results[source.relative_to(args.images).as_posix() if args.images.is_dir() else source.name] = result
     written = list(map(str, folders.values()))

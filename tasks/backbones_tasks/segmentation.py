@@ -1,25 +1,32 @@
 """Segmentation: loss, scores, pictures and prediction of segmenters."""
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from segmentation_models_pytorch.losses import DiceLoss
-from torch.nn import functional as F
 from torchmetrics.classification import MulticlassConfusionMatrix
+from tqdm import tqdm
+
+from backbones.errors import InputError, MissingDependency
 
 from .data import SegmentationData
-from .images import to_pixels
+from .images import UnreadableImage, is_large, to_pixels
+from .inference import MIN_WINDOW, Inference, average
+from .losses import SegmentationLoss, balanced_weights
 from .pictures import index_png, overlay, palette, save_predictions
+from .raster import Raster
 from .segmenter import build_segmenter, find_architecture
 from .sliding import slide
 from .task import Normalise, Task
 
 AUX_WEIGHT = 0.4  # as in PSPNet and in mmsegmentation's UPerNet
+WINDOW = 1024  # what `predict` takes larger images in, unless told
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -34,7 +41,12 @@ class SegmentationTask(Task):
         decoder: "upernet" or "smp/NAME"
         decoder_options: options of the decoder, such as `decoder_channels`; 64 of these in UPerNet where none are given
         aux: train a fully convolutional head on the stride-16 map as well
-        dice: weight of a Dice loss beside the cross-entropy
+        loss: a sum of ce (cross-entropy), ohem (cross-entropy of the hard pixels), dice, focal and lovasz, such as
+            "ce+dice" or "ohem+0.5*lovasz"
+        loss_options: options of these by name, such as {ohem: {thresh: 0.9}, focal: {gamma: 3}}
+        class_weights: of each class in the loss; "balanced" computes them from the training masks, so that all classes
+            count equally
+        inference: how images are labelled when they are measured, and by `predict` unless it is told otherwise
         ignore_index: value of pixels that neither train nor count
         **options: those of `Task`
     """
@@ -53,7 +65,10 @@ class SegmentationTask(Task):
         decoder: str = "upernet",
         decoder_options: dict[str, Any] | None = None,
         aux: bool = False,
-        dice: float = 0.0,
+        loss: str = "ce",
+        loss_options: dict[str, dict[str, Any]] | None = None,
+        class_weights: list[float] | Literal["balanced"] | None = None,
+        inference: Inference = Inference(),  # noqa: B008  (never changed)
         ignore_index: int = 255,
         **options,
     ):
@@ -62,17 +77,28 @@ class SegmentationTask(Task):
             decoder_options = {"decoder_channels": 64} if decoder == "upernet" else {}
         classes = self.hparams["num_classes"]
         self.model = build_segmenter(decoder, backbone=backbone, num_classes=classes, aux=aux, **decoder_options)
+        self.inference = Inference(**inference) if isinstance(inference, Mapping) else inference
         self.remember(
-            backbone, decoder=decoder, decoder_options=decoder_options, aux=aux, dice=dice, ignore_index=ignore_index
+            backbone,
+            decoder=decoder,
+            decoder_options=decoder_options,
+            aux=aux,
+            loss=loss,
+            loss_options=loss_options or {},
+            class_weights=class_weights,
+            inference=asdict(self.inference),
+            ignore_index=ignore_index,
         )
         self.normalise = Normalise(self.model.backbone)
-        self.dice_loss = DiceLoss("multiclass", from_logits=True, ignore_index=ignore_index) if dice else None
+        self.loss = self._make_loss(None if class_weights == "balanced" else class_weights)
         self.confusion = MulticlassConfusionMatrix(classes, ignore_index=ignore_index, validate_args=False)
 
     @classmethod
     def check_options(cls, options: Any) -> None:
         super().check_options(options)
         find_architecture(options.decoder)
+        SegmentationLoss(options.loss, options.loss_options)
+        Inference(**vars(options.inference))
 
     def describe(self) -> str:
         return f"{self.hparams['decoder']} on {self.hparams['backbone']['name']}"
@@ -80,14 +106,23 @@ class SegmentationTask(Task):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.model(self.normalise(images))
 
-    def loss(self, logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy over the pixels that count, plus the weighted Dice loss; zero where no pixel counts."""
-        ignore_index = self.hparams["ignore_index"]
-        count = (masks != ignore_index).sum().clamp(min=1)
-        loss = F.cross_entropy(logits, masks, ignore_index=ignore_index, reduction="sum") / count
-        if self.dice_loss is not None:
-            loss = loss + self.hparams["dice"] * self.dice_loss(logits, masks)
-        return loss
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit" and self.hparams["class_weights"] == "balanced":
+            data = self.trainer.datamodule
+            if not isinstance(data, SegmentationData):
+                raise InputError("class_weights='balanced' counts the pixels of SegmentationData; give a list instead")
+            self.hparams["class_weights"] = balanced_weights(data.count_pixels("train"))
+            self.loss = self._make_loss(self.hparams["class_weights"])
+
+    def _make_loss(self, class_weights: Sequence[float] | None) -> SegmentationLoss:
+        if class_weights is not None and len(class_weights) != len(self.class_names):
+            raise InputError(
+                f"class_weights: {len(class_weights)} numbers for {len(self.class_names)} classes, which are "
+                f"{', '.join(self.class_names)}"
+            )
+        options = self.hparams
+        return SegmentationLoss(options["loss"], options["loss_options"], options["ignore_index"], class_weights)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         images, masks = batch
@@ -101,28 +136,81 @@ class SegmentationTask(Task):
         return loss
 
     def save_picture(self, file: Path, samples: Sequence[Batch]) -> None:
-        predictions = [self(image[None].to(self.device)).argmax(1)[0].cpu().numpy() for image, _ in samples]
+        logits = [self.inference.logits(self, image[None].to(self.device)) for image, _ in samples]
+        predictions = [scores.argmax(1)[0].cpu().numpy() for scores in logits]
         images = [to_pixels(image) for image, _ in samples]
         truths = [mask.numpy() for _, mask in samples]
         save_predictions(file, images, truths, predictions, self.class_names, self.hparams["ignore_index"])
 
     @classmethod
     def add_predict_options(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--window", type=_side, default=1024, help="larger images are read in windows of this side")
-        parser.add_argument("--overlap", type=_share, default=0.25, help="share of a window that its neighbour covers")
+        add = parser.add_argument
+        trained = "as in training unless given"
+        add("--window", type=_side, help=f"larger images are taken in windows of this side; {WINDOW} unless given")
+        add("--overlap", type=_share, help=f"share of a window that its neighbour covers, too; {trained}")
+        add("--scales", type=float, nargs="+", help=f"average over images resized by these factors; {trained}")
+        add("--flip", action=argparse.BooleanOptionalAction, help=f"average over mirrored images, too; {trained}")
+        add(
+            "--mask_format",
+            choices=("png", "tif"),
+            default="png",
+            help="tif: read images in windows, and write tiled masks that keep the georeference, with reduced "
+            "overlays, in memory that the height of an image does not change; images of over "
+            f"{Image.MAX_IMAGE_PIXELS // 10**6} million pixels always are",
+        )
 
     def predict_image(self, image: np.ndarray, options: argparse.Namespace) -> tuple[dict[str, Image.Image], None]:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-        probabilities = slide(
-            lambda part: self(part.to(self.device).float() / 255), pixels, options.window, options.overlap
-        )
-        mask = probabilities.argmax(0).cpu().numpy()
+        bands = self._label(lambda top, bottom: pixels[..., top:bottom, :], pixels.shape[-2:], options)
+        mask = np.concatenate(list(bands))
         colours = palette(len(self.class_names))
         return {"overlays": Image.fromarray(overlay(image, mask, colours)), "masks": index_png(mask, colours)}, None
 
+    def predict_file(self, file: Path, place: Callable[[str, str], Path], options: argparse.Namespace) -> None:
+        """As `Task` does; what is large, or wanted as TIFF, is read and written in windows."""
+        large = is_large(file)
+        if not large and options.mask_format == "png":
+            return super().predict_file(file, place, options)
+        try:
+            raster = Raster(file)
+        except MissingDependency as error:
+            if options.mask_format == "tif":
+                raise
+            raise UnreadableImage(str(error)) from error  # other images may well be read
+        colours = palette(len(self.class_names))
+        with raster:
+            bar = tqdm(total=raster.height, desc=file.name, unit="row", leave=False, disable=not sys.stderr.isatty())
+
+            def rows(top: int, bottom: int) -> torch.Tensor:
+                bar.update(top - bar.n)
+                return torch.from_numpy(raster.rows(top, bottom)).permute(2, 0, 1)[None]
+
+            mask = place("masks", ".tif")
+            raster.write(mask, self._label(rows, (raster.height, raster.width), options), colours)
+            raster.overlay(mask, colours).save(place("overlays", ".png"))
+            bar.close()
+
+    def _label(
+        self, rows: Callable[[int, int], torch.Tensor], size: tuple[int, int], options: argparse.Namespace
+    ) -> Iterator[np.ndarray]:
+        """Class indices of an image in bands of rows (rows, W); `rows` gives it as (1, 3, rows, W) uint8."""
+        given = {name: getattr(options, name) for name in ("window", "overlap", "scales", "flip")}
+        told = asdict(self.inference) | {name: value for name, value in given.items() if value is not None}
+        inference = Inference(**told)
+        dtype = torch.uint8 if len(self.class_names) <= 256 else torch.int32
+        bands = slide(
+            lambda part: average(self, part.to(self.device).float() / 255, inference.scales, inference.flip),
+            rows,
+            size,
+            inference.window or WINDOW,
+            inference.overlap,
+            reduce=lambda probabilities: probabilities.argmax(1).to(dtype),
+        )
+        return (band[0].cpu().numpy() for band in bands)
+
     def evaluate(self, batch: Batch, split: str) -> None:
         images, masks = batch
-        logits = self(images)
+        logits = self.inference.logits(self, images)
         self.confusion.update(logits.argmax(1), masks)
         # image by image: the mean over a batch would depend on which images are in it
         losses = [self.loss(*pair) for pair in zip(logits.split(1), masks.split(1), strict=True)]
@@ -141,8 +229,8 @@ class SegmentationTask(Task):
 
 
 def _side(text: str) -> int:
-    if int(text) < 32:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 32")
+    if int(text) < MIN_WINDOW:
+        raise argparse.ArgumentTypeError(f"{text} must be at least {MIN_WINDOW}")
     return int(text)
 
 

@@ -1,7 +1,7 @@
 """What every task shares: its model, optimizer, schedule, seeds and scores, under pytorch-lightning."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +22,7 @@ from backbones import backbone_info
 from backbones.errors import InputError
 
 from .cli import TASKS
+from .images import UNREADABLE, UnreadableImage, read_image
 from .loading import mix
 from .models import nearest
 
@@ -155,6 +156,26 @@ class Task(LightningModule):
     ) -> tuple[dict[str, Image.Image], dict[str, Any] | None]:
         """What to write for an image (H, W, 3) uint8: a picture per folder, and an entry of results.json, if any."""
         raise NotImplementedError
+
+    def predict_file(
+        self, file: Path, place: Callable[[str, str], Path], options: argparse.Namespace
+    ) -> dict[str, Any] | list[Any] | None:
+        """Predict on an image file, and write pictures where `place(folder, suffix)` says.
+
+        Returns:
+            an entry of results.json, if any
+
+        Raises:
+            UnreadableImage: the file cannot be read
+        """
+        try:
+            image = np.asarray(read_image(file))
+        except UNREADABLE as error:
+            raise UnreadableImage(str(error)) from error
+        pictures, result = self.predict_image(image, options)
+        for folder, picture in pictures.items():
+            picture.save(place(folder, ".png"))
+        return result
 
     # What subclasses use
 

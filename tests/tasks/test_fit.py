@@ -341,7 +341,7 @@ def test_a_folder_of_images_trains(workplace):
         fit(
             *options,
             "--data.val_fraction=0.4",
-            "--model.dice=1.0",
+            "--model.loss=ce+dice",
             "--model.decoder=smp/fpn",
             "--model.decoder_options=null",
             "--trainer.max_epochs=1",
@@ -377,7 +377,7 @@ def test_a_killed_save_leaves_the_former_checkpoint(tmp_path, monkeypatch):
 
 
 def test_loss_is_zero_where_no_pixel_counts():
-    task = SegmentationTask(num_classes=2, aux=True, dice=0.5, decoder_options={"decoder_channels": 8})
+    task = SegmentationTask(num_classes=2, aux=True, loss="ce+0.5*dice", decoder_options={"decoder_channels": 8})
     masks = torch.full((2, 32, 32), 255)
     loss = task.loss(torch.randn(2, 2, 32, 32, requires_grad=True), masks)
     assert loss.isfinite()

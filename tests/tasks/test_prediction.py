@@ -1,4 +1,4 @@
-"""Sliding windows and pictures; the command itself is tested with the training."""
+"""Pictures, and what prediction refuses; the command itself is tested with the training."""
 
 import numpy as np
 import pytest
@@ -7,32 +7,6 @@ import torch
 from backbones.errors import InputError, WeightsError
 from backbones_tasks.pictures import IGNORED, colourise, index_png, overlay, palette, save_curves, save_predictions
 from backbones_tasks.prediction import load_task, predict
-from backbones_tasks.sliding import slide
-
-
-def per_pixel(image):
-    """A model that sees one pixel at a time, so that windows can change nothing."""
-    return torch.cat((image, -image), dim=1).float()
-
-
-@pytest.mark.parametrize("size", [(100, 100), (64, 200), (131, 77), (10, 300), (64, 64), (1, 1)])
-@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.8])
-def test_windows_change_nothing_for_a_model_that_sees_one_pixel(size, overlap):
-    image = torch.randn(1, 3, *size)
-    expected = per_pixel(image)[0].softmax(0)
-    torch.testing.assert_close(slide(per_pixel, image, 64, overlap), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_no_window_is_larger_than_asked_for_and_small_images_are_whole():
-    seen = []
-
-    def model(part):
-        seen.append(tuple(part.shape[-2:]))
-        return per_pixel(part)
-
-    slide(model, torch.randn(1, 3, 150, 40), 64, 0.25)
-    assert set(seen) == {(64, 40)}
-    assert len(seen) == 3
 
 
 def test_palette_tells_classes_apart():
