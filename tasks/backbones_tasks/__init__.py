@@ -6,11 +6,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .classifier import build_classifier
     from .detector import build_detector
+    from .heads import build_multitask
     from .segmenter import build_segmenter
 
-_MODULES = {"build_classifier": "classifier", "build_detector": "detector", "build_segmenter": "segmenter"}
+_MODULES = {
+    "build_classifier": "classifier",
+    "build_detector": "detector",
+    "build_multitask": "heads",
+    "build_segmenter": "segmenter",
+}
 
-__all__ = ["build_classifier", "build_detector", "build_segmenter"]
+__all__ = ["build_classifier", "build_detector", "build_multitask", "build_segmenter"]
 
 
 def __getattr__(name: str):

@@ -1,5 +1,6 @@
 """Classification models: any backbone, with its published classifier or one on its last map."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -67,6 +68,11 @@ def build_classifier(
             return Classifier(_with_pool(published, pool))
     options.setdefault("out_indices", (-1,))
     return _on_module(build_backbone(name, **options), num_classes, pool, drop_rate)
+
+
+def map_indices(strides: Mapping[int, int], **options: Any) -> list[int]:
+    """Which of a backbone's maps a classifier takes, given the stride of each by its index."""
+    return [max(strides)]
 
 
 class Classifier(HoldsBackbone, nn.Module):

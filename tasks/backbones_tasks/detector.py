@@ -111,6 +111,12 @@ def check_options(architecture: str, options: Mapping[str, Any]) -> None:
         raise InputError(f"batch_norm={options['batch_norm']!r} is unknown; choose from {', '.join(BATCH_NORMS)}")
 
 
+def map_indices(strides: Mapping[int, int], architecture: str = "faster_rcnn", **options: Any) -> list[int]:
+    """Which of a backbone's maps a detector takes, given the stride of each by its index."""
+    # the stride-4 map has most of the cells and, for dense heads, little use: no published RetinaNet or FCOS has it
+    return [index for index, stride in strides.items() if stride >= 8 or architecture not in DENSE]
+
+
 class FeaturePyramid(nn.Module):
     """A backbone and torchvision's FeaturePyramidNetwork: what torchvision's detectors call a backbone.
 
@@ -410,9 +416,8 @@ def _known_options(architecture: str) -> set[str]:
 def _make_body(architecture: str, backbone: BackboneLike) -> nn.Module:
     if architecture not in DENSE or isinstance(backbone, nn.Module):
         return make_backbone(backbone, architecture)
-    # the stride-4 map has most of the cells and, for dense heads, little use: no published RetinaNet or FCOS has it
     strides = backbone_info(backbone_options(backbone, architecture)["name"]).strides
-    return make_backbone(backbone, architecture, out_indices=tuple(i for i, s in enumerate(strides) if s >= 8))
+    return make_backbone(backbone, architecture, out_indices=map_indices(dict(enumerate(strides)), architecture))
 
 
 def _statistics(body: nn.Module, options: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[float]]:

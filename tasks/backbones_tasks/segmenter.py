@@ -1,6 +1,7 @@
 """Segmentation models: any backbone under any decoder of segmentation-models-pytorch."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import segmentation_models_pytorch as smp
@@ -130,6 +131,12 @@ class Segmenter(HoldsBackbone, nn.Module):
         height, width = images.shape[-2:]
         right, bottom = (max(-(-n // self.divisor) * self.divisor, self.min_size) - n for n in (width, height))
         return F.pad(images, (0, right, 0, bottom)) if right or bottom else images
+
+
+def map_indices(strides: Mapping[int, int], architecture: str = "upernet", **options: Any) -> list[int]:
+    """Which of a backbone's maps a segmenter takes, given the stride of each by its index."""
+    default = inspect.signature(find_architecture(architecture)).parameters["encoder_depth"].default
+    return [index for index in strides if index < options.get("encoder_depth", default) - 1]
 
 
 def find_architecture(architecture: str) -> type[nn.Module]:
