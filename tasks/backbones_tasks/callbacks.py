@@ -14,6 +14,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar, Weight
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+from backbones.errors import InputError
+
 from .pictures import save_curves
 from .runs import whole
 
@@ -114,7 +116,8 @@ class AveragedWeights(WeightAveraging):
         def average(averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
             if not averaged.is_floating_point():  # counters of batch norms
                 return current
-            return averaged.lerp(current, 1 - min(decay, (1 + int(count)) / (10 + int(count))))
+            # in full precision even of bf16-true weights, where a small step would be rounded away
+            return averaged.lerp(current.to(averaged.dtype), 1 - min(decay, (1 + int(count)) / (10 + int(count))))
 
         super().__init__(avg_fn=average)
 
@@ -132,6 +135,69 @@ class AveragedWeights(WeightAveraging):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         _tell_caches(pl_module)
+
+
+class Unfreezing(Callback):
+    """The backbone stays as it is for some epochs, and then trains stage by stage, from the deepest to the stem.
+
+    What is frozen is a function of the epoch alone, the same after a resume.
+
+    Args:
+        epochs: how many all of its stages and its stem are frozen for.
+        every: epochs from one stage to the next; 0 thaws all at once.
+    """
+
+    def __init__(self, epochs: int, every: int):
+        self.epochs, self.every = epochs, every
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Only now: the optimizer, and what wraps the model, leave out for good what they find frozen.
+        wrapped = trainer.strategy.model
+        if not (wrapped is pl_module or getattr(wrapped, "find_unused_parameters", False)):
+            raise InputError(
+                "while the backbone is frozen, processes that share gradients must look for parameters without one: "
+                "add --trainer.strategy ddp_find_unused_parameters_true, or leave out model.freeze_epochs and "
+                "model.unfreeze_every"
+            )
+        self.backbone = pl_module.model.inner_backbone
+        self.always = self.backbone.frozen_stages
+        self.parts = [
+            [p for part in parts for p in _parameters(part) if p.requires_grad] for parts in self.backbone.freezable()
+        ]
+        self._freeze(self._frozen_stages(trainer.current_epoch))
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        frozen = self._frozen_stages(trainer.current_epoch)
+        if frozen == self.backbone.frozen_stages:
+            return
+        self._freeze(frozen)
+        if trainer.is_global_zero:
+            stages = f"from stage {frozen + 1} of {len(self.parts) - 1} on" if frozen >= 0 else "as a whole"
+            _say(trainer, f"the backbone trains {stages}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._freeze(self.always)
+
+    def _frozen_stages(self, epoch: int) -> int:
+        """As `Backbone` counts them: -1 for none, 0 for the stem, n for the first n stages, too."""
+        count = thawed = len(self.parts)
+        if epoch < self.epochs:
+            thawed = 0
+        elif self.every:
+            thawed = 1 + (epoch - self.epochs) // self.every
+        return max(self.always, count - 1 - thawed)
+
+    def _freeze(self, frozen_stages: int) -> None:
+        """Freeze so many stages, and thaw the others; the norms of what is frozen keep their statistics."""
+        self.backbone.frozen_stages = frozen_stages
+        for i, parameters in enumerate(self.parts):
+            for parameter in parameters:
+                parameter.requires_grad_(i > frozen_stages)
+        self.backbone.train(self.backbone.training)
+
+
+def _parameters(part: torch.nn.Module | torch.nn.Parameter) -> list[torch.nn.Parameter]:
+    return [part] if isinstance(part, torch.nn.Parameter) else list(part.parameters())
 
 
 def _tell_caches(module: torch.nn.Module) -> None:

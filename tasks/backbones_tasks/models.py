@@ -19,9 +19,14 @@ class HoldsBackbone:
 
     backbone_path: ClassVar[str] = "backbone"
 
+    @property
+    def inner_backbone(self) -> nn.Module:
+        """The backbone itself, without the pyramid that a detector puts on it."""
+        return self.get_submodule(self.backbone_path)
+
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """The backbone's layers, in timm's convention; everything else comes after them."""
-        backbone = self.get_submodule(self.backbone_path)
+        backbone = self.inner_backbone
         if not hasattr(backbone, "group_matcher"):
             return {"backbone": _prefixed(self.backbone_path, "")}
         matcher = backbone.group_matcher(coarse=coarse)
@@ -29,13 +34,13 @@ class HoldsBackbone:
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that must not decay, beside norms and biases."""
-        backbone = self.get_submodule(self.backbone_path)
+        backbone = self.inner_backbone
         names = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()
         return {f"{self.backbone_path}.{name}" for name in names}
 
     def backbone_parameters(self) -> list[nn.Parameter]:
         """Those of the backbone, but for what its published weights do not hold, such as a head or a pyramid."""
-        backbone = self.get_submodule(self.backbone_path)
+        backbone = self.inner_backbone
         new = getattr(backbone, "new_parts", ())
         return [p for name, p in backbone.named_parameters() if not is_new(name, new)]
 

@@ -1,6 +1,7 @@
 """What every task shares: its model, optimizer, schedule, seeds and scores, under pytorch-lightning."""
 
 import argparse
+import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -35,8 +36,14 @@ class Task(LightningModule):
         optimizer_options: its own, such as `betas` or `momentum`
         lr: learning rate of the last layers, after warm-up
         weight_decay: norms, biases and position tables have none
-        layer_decay: factor to the learning rate per layer towards the input; 1 is off, 0.65 to 0.9 suits fine-tuning
+        layer_decay: factor to the learning rate per layer towards the input, 1 for none. Unless given: what
+            `backbones info NAME` tells, 0.75 for most plain vision transformers, if the backbone starts from published
+            weights and `backbone_lr` is 1; else none
         backbone_lr: factor to the learning rate of all that published weights hold; 0.1 to 0.5 suits fine-tuning
+        freeze_epochs: how many epochs the backbone stays as it is, in eval mode and without gradients, while the rest
+            trains
+        unfreeze_every: after those, its deepest stage trains, and one more every so many epochs, the stem last; 0
+            thaws all at once
         schedule: how the learning rate falls, step by step: one of timm's, by name
         schedule_options: its own, as `timm.scheduler.create_scheduler_v2` has them, such as `decay_rate`, which is the
             exponent of "poly" (0.9 unless given), or `decay_milestones` in epochs
@@ -75,8 +82,10 @@ class Task(LightningModule):
         optimizer_options: dict[str, Any] | None = None,
         lr: float = 1e-3,
         weight_decay: float = 0.05,
-        layer_decay: float = 1.0,
+        layer_decay: float | None = None,
         backbone_lr: float = 1.0,
+        freeze_epochs: int = 0,
+        unfreeze_every: int = 0,
         schedule: str = "cosine",
         schedule_options: dict[str, Any] | None = None,
         warmup: float = 0.1,
@@ -94,6 +103,8 @@ class Task(LightningModule):
                 "weight_decay": weight_decay,
                 "layer_decay": layer_decay,
                 "backbone_lr": backbone_lr,
+                "freeze_epochs": freeze_epochs,
+                "unfreeze_every": unfreeze_every,
                 "schedule": schedule,
                 "schedule_options": schedule_options or {},
                 "warmup": warmup,
@@ -123,6 +134,11 @@ class Task(LightningModule):
         make_schedule(vars(options), SGD([torch.zeros(1)], lr=1.0), steps=10, epochs=2)
         if not 0 <= options.ema < 1:
             raise InputError(f"model.ema={options.ema} must be at least 0 and under 1")
+        if options.layer_decay is not None and not 0 < options.layer_decay <= 1:
+            raise InputError(f"model.layer_decay={options.layer_decay} must be over 0 and at most 1")
+        for name in ("freeze_epochs", "unfreeze_every"):
+            if options[name] < 0:
+                raise InputError(f"model.{name}={options[name]} must be at least 0")
 
     @classmethod
     def link(cls, parser: Any) -> None:
@@ -182,12 +198,17 @@ class Task(LightningModule):
     def remember(self, backbone: str | Mapping[str, Any], **options: Any) -> None:
         """Put into checkpoints what `model` was built of.
 
-        They carry plain values, the backbone's full name, and no need for the weights it began with.
+        They carry plain values, the backbone's full name, and no need for the weights it began with. Where no
+        `layer_decay` is given, what those call for is decided here.
         """
         built = {"name": backbone} if isinstance(backbone, str) else dict(backbone)
+        inner = self.model.inner_backbone
+        if self.hparams["layer_decay"] is None:
+            published = any(built.get(name) for name in ("pretrained", *inner.weight_options))
+            own = published and self.hparams["backbone_lr"] == 1
+            options["layer_decay"] = inner.spec.layer_decay if own else 1.0
         built = {k: v for k, v in built.items() if k != "pretrained"}
-        name = self.model.backbone.canonical_name
-        self.save_hyperparameters({"backbone": {**built, "name": name}, **options}, logger=False)
+        self.save_hyperparameters({"backbone": {**built, "name": inner.canonical_name}, **options}, logger=False)
 
     def log_loss(self, name: str, loss: Tensor, batch_size: int) -> None:
         """The mean of a loss over the epoch."""
@@ -266,7 +287,7 @@ class Task(LightningModule):
             raise InputError("the schedule needs an end: set --trainer.max_epochs or --trainer.max_steps")
         self.trainer.fit_loop.setup_data()  # with --trainer.max_steps, nobody has counted the batches yet
         optimizer = self.make_optimizer()
-        epochs = steps * self.trainer.accumulate_grad_batches / self.trainer.num_training_batches
+        epochs = steps / math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         scheduler = make_schedule(self.hparams, optimizer, steps, epochs)
         if scheduler is None:  # "none"; schedules scale by layer
             for group in optimizer.param_groups:
@@ -321,7 +342,7 @@ class Normalise(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return (images - self.mean) / self.std
+        return ((images - self.mean) / self.std).to(self.mean.dtype)  # as the weights, bf16-true among them
 
 
 def find_task(name: str) -> type[Task]:

@@ -24,6 +24,7 @@ from .callbacks import (
     EpochLog,
     PredictionPicture,
     Progress,
+    Unfreezing,
     checkpoints,
     quiet,
     read_metrics,
@@ -119,9 +120,7 @@ class CommandLine(LightningCLI):
             folder if None
     """
 
-    def __init__(
-        self, command: str, task: type[Task], argv: list[str], claim_run: Callable[[int], Path] | None = None
-    ):
+    def __init__(self, command: str, task: type[Task], argv: list[str], claim_run: Callable[[int], Path] | None = None):
         self.task = task
         self.claim_run = claim_run
         self.run_folder: Path | None = None
@@ -184,6 +183,8 @@ class CommandLine(LightningCLI):
             options["default_root_dir"] = str(run)
         if self.claim_run and self.config.model.ema:
             callbacks.append(AveragedWeights(self.config.model.ema))
+        if self.claim_run and (self.config.model.freeze_epochs or self.config.model.unfreeze_every):
+            callbacks.append(Unfreezing(self.config.model.freeze_epochs, self.config.model.unfreeze_every))
         self.trainer_defaults["callbacks"] = callbacks
         return super().instantiate_trainer(plugins=[AtomicCheckpointIO()], **options)
 
@@ -191,8 +192,9 @@ class CommandLine(LightningCLI):
         """One line on what is trained on what."""
         parameters = sum(p.numel() for p in self.model.model.parameters()) / 1e6
         data = self.datamodule.root or "shapes drawn on the fly"
+        decay = self.model.hparams["layer_decay"]
         return (
-            f"{self.model.describe()}, {parameters:.1f} M parameters; "
+            f"{self.model.describe()}, {parameters:.1f} M parameters{f', layer decay {decay}' if decay != 1 else ''}; "
             f"{self.datamodule.num_classes} classes from {data}; {self.trainer.accelerator.name()}"
         )
 
