@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from backbones import backbone_info, build_backbone, list_backbones
 from backbones.errors import InputError, WeightsError
+from backbones.layers import ceil_div
 
 PREFIX = "backbones-"
 
@@ -67,9 +68,10 @@ class Levels:
         """The image (B, C, H, W) and, of strides 2, 4, 8, ..., the backbone's maps of it."""
         height, width = images.shape[-2:]
         if self.channels[1] == 0:
-            maps = [images.new_empty(len(images), 0, -(-height // 2), -(-width // 2)), *maps]
+            # of its shape, because len() would fix the batch size of what is exported
+            maps = [images.new_empty(images.shape[0], 0, ceil_div(height, 2), ceil_div(width, 2)), *maps]
         strides = [min(2**level, self.output_stride) for level in range(1, self.depth + 1)]
-        sizes = [(-(-height // stride), -(-width // stride)) for stride in strides]
+        sizes = [(ceil_div(height, stride), ceil_div(width, stride)) for stride in strides]
         # only maps of other strides than the decoder's are resized
         return [images, *(resize(x, size) for x, size in zip(maps[: self.depth], sizes, strict=True))]
 

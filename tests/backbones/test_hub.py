@@ -25,6 +25,7 @@ from backbones import (
     registry,
 )
 from backbones.discovery import Plugin
+from backbones.hub import FORMAT
 
 IMAGES = torch.randn(2, 3, 50, 70, generator=torch.Generator().manual_seed(0))
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -247,7 +248,7 @@ def test_foreign_and_damaged_folders_are_errors_that_name_them(saved, tmp_path):
     whole = (folder / "config.json").read_text()
     for content, message in [
         (whole[:50], "no JSON"),
-        ("[]", "no 'backbone'"),
+        ("[]", "no JSON object"),
         (json.dumps({"model_type": "resnet", "architectures": ["ResNet"]}), "no 'backbone'"),
         (whole.replace('"options": {', '"options": 3, "_": {'), "no 'options'"),
     ]:
@@ -264,6 +265,22 @@ def test_foreign_and_damaged_folders_are_errors_that_name_them(saved, tmp_path):
             from_pretrained(folder)
     weights.unlink()
     with pytest.raises(WeightsError, match=r"model\.safetensors: no such file"):
+        from_pretrained(folder)
+
+
+def test_a_folder_of_a_newer_version_says_to_upgrade(saved):
+    _, folder = saved
+    edit(folder, format=FORMAT + 1)
+    with pytest.raises(WeightsError, match=rf"is of format {FORMAT + 1}, .* `pip install --upgrade dense-backbones`"):
+        from_pretrained(folder)
+    edit(folder, format=None)  # folders of the first version state none
+    from_pretrained(folder)
+
+
+def test_a_model_for_a_task_is_no_backbone(saved):
+    _, folder = saved
+    edit(folder, task="segmentation")
+    with pytest.raises(InputError, match=r"holds a model for segmentation.* backbones_tasks\.from_pretrained"):
         from_pretrained(folder)
 
 
