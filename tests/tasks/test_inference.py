@@ -169,14 +169,15 @@ def test_validation_measures_what_inference_says(task):
     images, masks = torch.rand(1, 3, 64, 64), torch.randint(0, 3, (1, 64, 64))
 
     def measured(**inference):
-        other = SegmentationTask("pvt_v2_b0", num_classes=3, decoder_options={"decoder_channels": 8}, inference=inference)
+        other = SegmentationTask(
+            "pvt_v2_b0", num_classes=3, decoder_options={"decoder_channels": 8}, inference=inference
+        )
         other.load_state_dict(task.state_dict())
         logged = {}
         other.eval().log = lambda name, value, **options: logged.update({name: float(value)})
         with torch.no_grad():
             other.evaluate((images, masks), "val")
-        other.finish("val")
-        return logged
+        return logged | {name: float(score) for name, score in other.finish("val").items()}
 
     averaged = measured(scales=[0.5, 1.0], flip=True)
     probabilities = average(task, images, (0.5, 1.0), flip=True)
