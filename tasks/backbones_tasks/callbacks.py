@@ -16,8 +16,9 @@ from torch import Tensor
 
 from backbones.errors import InputError
 
+from .files import is_sharded, read_checkpoint, whole
 from .pictures import save_curves
-from .runs import whole
+from .sharding import FullySharded
 
 PICTURED = 6  # validation images in predictions.png
 
@@ -35,6 +36,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, unfinished)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True) -> dict:
+        if is_sharded(Path(path)):
+            return read_checkpoint(Path(path))
         return super().load_checkpoint(path, map_location, weights_only=True)
 
 
@@ -129,6 +132,8 @@ class AveragedWeights(WeightAveraging):
         """Later, see below: pictures are of the averaged weights, too."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(trainer.strategy, FullySharded):
+            trainer.strategy.release()
         super().on_validation_epoch_end(trainer, pl_module)
         _tell_caches(pl_module)
 

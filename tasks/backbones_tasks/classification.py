@@ -20,7 +20,7 @@ from .classification_data import ClassificationData, evaluation_transform
 from .classifier import build_classifier
 from .images import to_pixels
 from .pictures import save_confusion, save_labelled
-from .runs import whole
+from .files import whole
 from .task import Normalise, Task
 
 Batch = tuple[Tensor, Tensor]

@@ -17,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from backbones.errors import InputError
 
 from . import rle
-from .runs import whole
+from .files import whole
 
 AREAS = ("all", "small", "medium", "large")
 KINDS = {"box": "bbox", "mask": "segm"}  # our names and pycocotools'

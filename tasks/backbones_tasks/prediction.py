@@ -67,8 +67,9 @@ def load_task(checkpoint: Path, name: str, device: str = "cpu") -> Task:
         WeightsError: it is missing, truncated, or no checkpoint of a run
         InputError: it is of another task
     """
-    read_checkpoint(checkpoint, name)
-    task = find_task(name).load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+    content = read_checkpoint(checkpoint, name)
+    task = find_task(name)(**content["hyper_parameters"])
+    task.load_state_dict(content["state_dict"])
     return task.to(device).eval()
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
-from backbones import weights
 from backbones.errors import BackboneError, InputError, WeightsError
+
+from . import files
 
 RUNS = Path("runs")
 _HANDED_DOWN = "BACKBONES_RUN"  # tells the processes that Lightning starts for further GPUs which folder it is
@@ -81,16 +82,6 @@ def _number(*names: str) -> int:
     return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
-@contextmanager
-def whole(file: Path) -> Iterator[Path]:
-    """Where to write a file that is whole or not there, or what it was before, whenever the process is killed."""
-    unfinished = file.with_name(f".unfinished-{file.name}")
-    yield unfinished
-    with unfinished.open("rb+") as stream:
-        os.fsync(stream.fileno())
-    os.replace(unfinished, file)
-
-
 def newest_run(task: str) -> Path:
     """The run folder of `runs/` with the highest number."""
     runs = _numbered(task)
@@ -123,9 +114,9 @@ def read_checkpoint(path: Path, task: str) -> dict[str, Any]:
         WeightsError: it is missing, truncated, or no checkpoint of a run
         InputError: it is of another task
     """
-    if not path.is_file():
+    if not files.is_checkpoint(path):
         raise WeightsError(f"{path}: no such checkpoint; a run keeps them in its folder checkpoints/")
-    content = weights.read_checkpoint(path)
+    content = files.read_checkpoint(path)
     if not {"state_dict", "hyper_parameters"} <= content.keys():
         raise WeightsError(f"{path} is no checkpoint of `backbones fit`")
     if content.get("task") != task:

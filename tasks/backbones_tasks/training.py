@@ -29,7 +29,9 @@ from .callbacks import (
     quiet,
     read_metrics,
 )
-from .runs import is_run, new_run, newest_run, read_checkpoint, told_once, whole
+from .files import is_checkpoint, whole
+from .runs import is_run, new_run, newest_run, read_checkpoint, told_once
+from .sharding import FullySharded
 from .task import Task, find_task
 
 SHORTHANDS = {"--backbone": "--model.backbone", "--data": "--data.root"}
@@ -186,6 +188,10 @@ class CommandLine(LightningCLI):
         if self.claim_run and (self.config.model.freeze_epochs or self.config.model.unfreeze_every):
             callbacks.append(Unfreezing(self.config.model.freeze_epochs, self.config.model.unfreeze_every))
         self.trainer_defaults["callbacks"] = callbacks
+        if self.config.trainer.strategy == "fsdp":
+            if str(self.config.trainer.precision).startswith("16-mixed"):
+                raise InputError("trainer.precision=16-mixed cannot be had in shards; use bf16-mixed or 32-true")
+            options["strategy"] = FullySharded()
         return super().instantiate_trainer(plugins=[AtomicCheckpointIO()], **options)
 
     def describe(self) -> str:
@@ -273,7 +279,7 @@ def _find_run(task: str, own: argparse.Namespace) -> tuple[Path | None, Path | N
         if not is_run(run):
             raise InputError(f"{run} holds no run to go on with")
         checkpoint = run / "checkpoints" / f"{own.ckpt_path}.ckpt"
-        if not checkpoint.is_file():  # killed within its first epoch
+        if not is_checkpoint(checkpoint):  # killed within its first epoch
             return run, None
     else:
         checkpoint = Path(own.ckpt_path)

@@ -1,0 +1,118 @@
+"""Files that are whole or not there, and checkpoints of many processes as one."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from backbones import weights
+from backbones.errors import WeightsError
+
+_INDEX = "index.pt"  # in a sharded checkpoint: all but the shards, and the names of the files that hold these
+_SHARD = "__shard__"
+
+
+@contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    """Where to write a file that is whole or not there, or what it was before, whenever the process is killed."""
+    unfinished = file.with_name(f".unfinished-{file.name}")
+    yield unfinished
+    with unfinished.open("rb+") as stream:
+        os.fsync(stream.fileno())
+    if file.is_dir():  # a checkpoint in shards; a file cannot take its place
+        shutil.rmtree(file)
+    os.replace(unfinished, file)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether there is a checkpoint, in one file or in shards."""
+    return path.is_file() or is_sharded(path)
+
+
+def is_sharded(path: Path) -> bool:
+    return (path / _INDEX).is_file()
+
+
+def save_shards(
+    checkpoint: Mapping[str, Any], folder: Path, token: str, rank: int, barrier: Callable[[], None]
+) -> None:
+    """Write a checkpoint with DTensors, each process its shards; all of them call this, with one token.
+
+    Whenever a process is killed, the folder holds this checkpoint or the one before: the index is written last, and
+    names files that belong to it alone. torch.distributed.checkpoint is not used because it unpickles what it reads
+    without any check.
+
+    Args:
+        checkpoint: nested dicts, lists and tuples; DTensors are sharded along their first dimension, by one mesh.
+        folder: what to write; it may hold an earlier checkpoint, or be one in a single file.
+        token: a word that no earlier checkpoint had.
+        rank: of this process.
+        barrier: waits for all processes.
+    """
+    shards: list[Tensor] = []
+
+    def take_out(value: Any) -> Any:
+        if not isinstance(value, DTensor):
+            return value
+        shards.append(value.detach().to_local().to("cpu", copy=True))
+        return {_SHARD: len(shards) - 1, "shape": list(value.shape)}
+
+    content = _map(take_out, checkpoint)
+    unfinished = folder.with_name(f".unfinished-{folder.name}")
+    if rank == 0:
+        (unfinished if folder.is_file() else folder).mkdir(parents=True, exist_ok=True)
+    barrier()
+    target = unfinished if folder.is_file() else folder
+    with whole(target / f"{token}-{rank:05d}.pt") as file:
+        torch.save({"shards": shards}, file)
+    barrier()
+    if rank == 0:
+        files = sorted(path.name for path in target.glob(f"{token}-*.pt"))
+        with whole(target / _INDEX) as file:
+            torch.save({"content": content, "files": files}, file)
+        for path in target.iterdir():
+            if path.name not in (_INDEX, *files):
+                path.unlink()
+        if target is unfinished:
+            folder.unlink()
+            unfinished.rename(folder)
+    barrier()
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, in one file or in shards, on the CPU; no code in it is run.
+
+    Raises:
+        WeightsError: it is missing, truncated, or holds more than plain data
+    """
+    if not is_sharded(path):
+        return dict(weights.read_checkpoint(path))
+    index = weights.read_checkpoint(path / _INDEX)
+    if not {"content", "files"} <= index.keys():
+        raise WeightsError(f"{path / _INDEX} is no index of a checkpoint in shards")
+    parts = [weights.read_checkpoint(path / Path(name).name)["shards"] for name in index["files"]]
+
+    def put_in(value: Any) -> Any:
+        if not (isinstance(value, dict) and _SHARD in value):
+            return value
+        return torch.cat([part[value[_SHARD]] for part in parts]).view(value["shape"])
+
+    return _map(put_in, index["content"])
+
+
+def _map(change: Callable[[Any], Any], value: Any) -> Any:
+    """Nested dicts, lists and tuples, with everything in them changed; what a change returns is left as it is."""
+    changed = change(value)
+    if changed is not value:
+        return changed
+    if isinstance(value, Mapping):
+        return {key: _map(change, inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_map(change, inner) for inner in value)
+    return value
