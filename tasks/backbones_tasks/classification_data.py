@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -14,7 +15,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from .data import ShapesOptions
+from .data import PAD_COLOUR, ShapesOptions
 from .faults import Faults, count, tell
 from .folders import DataError
 from .images import IMAGE_SUFFIXES, UNREADABLE, read_image
@@ -77,8 +78,9 @@ class ImageFolderDataset(Dataset):
 class SingleShapes(Dataset):
     """Pictures of one shape each as (image, class), like `ImageFolderDataset`; each split has seeds of its own."""
 
-    def __init__(self, length: int, size: int, split: str, seed: int = 0):
+    def __init__(self, length: int, size: int, split: str, seed: int = 0, transform: v2.Transform | None = None):
         self.length, self.size, self.seed = length, size, (seed, SPLITS.index(split))
+        self.transform = transform
         self.sizes = [(size, size)] * length
 
     def __len__(self) -> int:
@@ -87,17 +89,36 @@ class SingleShapes(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         scene = draw_scene((*self.seed, epoch, index), self.size, shapes=1)
-        image = torch.from_numpy(scene.image).permute(2, 0, 1).float() / 255
+        pixels = tv_tensors.Image(torch.from_numpy(scene.image).permute(2, 0, 1))
+        if self.transform is not None:
+            with seeded(*self.seed, epoch, index):
+                pixels = self.transform(pixels)
+        image = pixels.as_subclass(torch.Tensor).float() / 255
         return image, torch.tensor(int(scene.labels[0]) - 1)  # no background among the classes
 
 
-def training_transform(size: int, scale: tuple[float, float], flip: float, color_jitter: float) -> v2.Transform:
-    """A random part of the image, resized to `size` x `size`, horizontal flip and colour jitter."""
+def training_transform(
+    size: int, scale: tuple[float, float], flip: float, color_jitter: float, strong: Sequence[v2.Transform] = ()
+) -> v2.Transform:
+    """A random part of the image, resized to `size` x `size`, horizontal flip, colour jitter, and `strong` at last."""
     steps: list[v2.Transform] = [
         v2.RandomResizedCrop(size, scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
         v2.RandomHorizontalFlip(flip),
     ]
-    return v2.Compose([*steps, *jitter(color_jitter)])
+    return v2.Compose([*steps, *jitter(color_jitter), *strong])
+
+
+def strong_augmentation(policy: str | None, operations: int, magnitude: int, erasing: float) -> list[v2.Transform]:
+    """RandAugment or TrivialAugment, where asked for, and random erasing; `ClassificationData` tells the options."""
+    steps: list[v2.Transform] = []
+    common = {"interpolation": v2.InterpolationMode.BILINEAR, "fill": list(PAD_COLOUR)}
+    if policy == "randaugment":
+        steps.append(v2.RandAugment(operations, magnitude, **common))
+    elif policy == "trivialaugment":
+        steps.append(v2.TrivialAugmentWide(**common))
+    if erasing:
+        steps.append(v2.RandomErasing(erasing, value=list(PAD_COLOUR)))
+    return steps
 
 
 def evaluation_transform(size: int, crop: float) -> v2.Transform:
@@ -118,6 +139,11 @@ class ClassificationData(DataModule):
         scale: range of the random training crop's share of the image's area
         flip: probability of a horizontal flip
         color_jitter: strength of the random brightness, contrast and saturation; a quarter of it for hue; 0 is off
+        auto_augment: "randaugment" draws `ra_operations` of fourteen changes of geometry and colour, each at
+            `ra_magnitude`; "trivialaugment" one, at a magnitude drawn as well. Shapes, too, are changed
+        ra_operations: of RandAugment, for each image
+        ra_magnitude: of RandAugment, from 0 to 30
+        random_erasing: probability that a random rectangle of the image is painted over; of shapes, too
         crop: share of the shorter side that is seen in validation
         val_fraction: share of the images held out, per class, where there is no `val`
         split_seed: decides which ones
@@ -137,6 +163,10 @@ class ClassificationData(DataModule):
         scale: tuple[float, float] = (0.08, 1.0),
         flip: float = 0.5,
         color_jitter: float = 0.3,
+        auto_augment: Literal["randaugment", "trivialaugment"] | None = None,
+        ra_operations: int = 2,
+        ra_magnitude: int = 9,
+        random_erasing: float = 0.0,
         crop: float = 0.875,
         val_fraction: float = 0.1,
         split_seed: int = 0,
@@ -149,8 +179,15 @@ class ClassificationData(DataModule):
         super().__init__(root, batch_size, num_workers, seed)
         if not 0 < crop <= 1:
             raise DataError(f"crop={crop} must be over 0 and at most 1")
+        if ra_operations < 1 or not 0 <= ra_magnitude <= 30:
+            raise DataError(
+                f"ra_operations={ra_operations} must be at least 1, and ra_magnitude={ra_magnitude} from 0 to 30"
+            )
+        if not 0 <= random_erasing <= 1:
+            raise DataError(f"random_erasing={random_erasing} must be from 0 to 1")
         self.image_size = shapes.size if root is None else image_size
         self.scale, self.flip, self.color_jitter = scale, flip, color_jitter
+        self.strong = strong_augmentation(auto_augment, ra_operations, ra_magnitude, random_erasing)
         self.crop, self.val_fraction, self.split_seed = crop, val_fraction, split_seed
         self.check, self.faults, self.shapes = check, faults, shapes
         self.classes = list(SHAPES) if self.root is None else find_classes(self.root)
@@ -163,7 +200,11 @@ class ClassificationData(DataModule):
         """Find and check the files of the splits; `DataError` reports the faulty ones."""
         if self.root is None:
             lengths = {split: self.shapes.train if split == "train" else self.shapes.val for split in splits}
-            return {split: SingleShapes(n, self.shapes.size, split, self.seed) for split, n in lengths.items()}
+            strong = v2.Compose(self.strong) if self.strong else None
+            return {
+                split: SingleShapes(n, self.shapes.size, split, self.seed, strong if split == "train" else None)
+                for split, n in lengths.items()
+            }
 
         there = find_folders(self.root)
         held_out = "val" not in there
@@ -190,7 +231,7 @@ class ClassificationData(DataModule):
             raise DataError(f"{self.root}: no image for {split}" + (f" of {names}" if names and items else ""))
         skip = self.faults == "drop"
         if split == "train":
-            transform = training_transform(self.image_size, self.scale, self.flip, self.color_jitter)
+            transform = training_transform(self.image_size, self.scale, self.flip, self.color_jitter, self.strong)
             return ImageFolderDataset(items, transform, self.image_size, self.seed, skip)
         return ImageFolderDataset(items, evaluation_transform(self.image_size, self.crop), self.image_size, skip=skip)
 

@@ -16,7 +16,7 @@ from backbones_tasks.classification_data import (
     find_classes,
     hold_out,
 )
-from backbones_tasks.data import ShapesOptions
+from backbones_tasks.data import PAD_COLOUR, ShapesOptions
 from backbones_tasks.folders import DataError
 from backbones_tasks.shapes import SHAPES, draw_scene
 
@@ -279,6 +279,48 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(folder):
     assert expected.equal(batches(2))
     assert not expected.equal(batches(0, seed=1))
     assert not expected.equal(batches(0, epoch=3))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"auto_augment": "randaugment"}, {"auto_augment": "trivialaugment"}, {"random_erasing": 1.0}],
+    ids=lambda options: next(iter(options.values())),
+)
+def test_strong_augmentation_is_a_function_of_seed_epoch_and_index_and_spares_validation(folder, options):
+    for root in (str(folder), None):
+        common = {"num_workers": 0, "batch_size": 4, "image_size": 24, "flip": 0.0, "color_jitter": 0.0}
+        plain, strong, again = (
+            ClassificationData(root, scale=(1.0, 1.0), **common, **own) for own in ({}, options, options)
+        )
+        for data in (plain, strong, again):
+            data.setup("fit")
+        keys = [(epoch, index) for epoch in (0, 1) for index in range(6)]
+        images = [[data.datasets["train"][key][0] for key in keys] for data in (plain, strong, again)]
+        assert sum(not a.equal(b) for a, b in zip(*images[:2], strict=True)) > len(keys) / 2
+        assert all(a.equal(b) for a, b in zip(*images[1:], strict=True))
+        assert all(image.min() >= 0 and image.max() <= 1 and image.shape == images[0][0].shape for image in images[1])
+        assert all(plain.datasets["val"][i][0].equal(strong.datasets["val"][i][0]) for i in range(4))
+
+
+def test_a_rectangle_is_erased_by_the_colour_that_normalises_to_zero(folder):
+    data = ready(folder, random_erasing=1.0, flip=0.0, color_jitter=0.0, scale=(1.0, 1.0))
+    mean = (torch.tensor(PAD_COLOUR) / 255).view(3, 1, 1)
+    erased = torch.stack([(data.datasets["train"][(0, i)][0] == mean).all(0) for i in range(12)])
+    assert (erased.sum((1, 2)) > 0).all()
+    assert 0.02 < erased.float().mean() < 0.35
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ra_operations": 0}, "ra_operations=0 must be at least 1"),
+        ({"ra_magnitude": 31}, "ra_magnitude=31 from 0 to 30"),
+        ({"random_erasing": 1.5}, "random_erasing=1.5 must be from 0 to 1"),
+    ],
+)
+def test_augmentation_that_cannot_work_is_refused(options, message):
+    with pytest.raises(DataError, match=message):
+        ClassificationData(**options)
 
 
 def test_reading_an_item_leaves_the_global_generator_alone(folder):
