@@ -1,5 +1,7 @@
 """Windows over images of any size, and averages over resized and mirrored ones."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -60,7 +62,7 @@ def test_windows_are_weighted_by_their_middles_whatever_the_overlap(overlap):
 def test_neighbouring_windows_overlap_by_at_least_what_was_asked_for(side, window, overlap):
     found = spans(side, window, overlap)
     assert (found[0].start, found[-1].end, found[-1].done) == (0, side, side)
-    for one, next_one in zip(found, found[1:], strict=False):
+    for one, next_one in pairwise(found):
         assert one.end - one.start == window
         assert one.end - next_one.start >= window * overlap
         assert one.done == next_one.start
