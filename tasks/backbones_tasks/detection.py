@@ -44,7 +44,7 @@ class DetectionTask(Task):
     linked = ("num_classes", "class_names", "image_size")
     metric = "box_AP"
     scores = ("box_AP", "box_AP50", "box_AP75")
-    epochs = 6
+    epochs = 5
     predicts = (
         "Find objects in images; writes OUT/overlays, and OUT/results.json with bbox (x, y, width, height in pixels), "
         "score and, of mask_rcnn, segmentation as RLE, as in COCO's results."
