@@ -102,10 +102,8 @@ class PredictionPicture(Callback):
         score = trainer.callback_metrics.get(pl_module.metric)
         if not trainer.is_global_zero or score is None or not pl_module.is_best(score):
             return
-        dataset = trainer.datamodule.datasets["val"]
-        chosen = torch.linspace(0, len(dataset) - 1, min(PICTURED, len(dataset))).long().tolist()
         with whole(self.file) as unfinished, trainer.precision_plugin.forward_context():
-            pl_module.save_picture(unfinished, [dataset[i] for i in chosen])  # in eval mode, without gradients
+            pl_module.save_picture(unfinished, pl_module.pictured(PICTURED))  # in eval mode, without gradients
 
 
 class AveragedWeights(WeightAveraging):

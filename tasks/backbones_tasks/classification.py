@@ -1,7 +1,7 @@
 """Classification: loss, scores, pictures and prediction of classifiers."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from backbones.errors import InputError
 
 from .classification_data import ClassificationData, evaluation_transform
-from .classifier import build_classifier
+from .classifier import build_classifier, map_indices
 from .images import to_pixels
 from .pictures import save_confusion, save_labelled
 from .files import whole
@@ -82,11 +82,12 @@ class ClassificationTask(Task):
         if not 0 <= options.label_smoothing < 1:
             raise InputError(f"model.label_smoothing={options.label_smoothing} must be at least 0 and under 1")
 
+    @classmethod
+    def map_indices(cls, options: Mapping[str, Any], strides: Mapping[int, int]) -> list[int]:
+        return map_indices(strides)
+
     def describe(self) -> str:
         return f"classifier on {self.hparams['backbone']['name']}"
-
-    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        return self.model(self.normalise(images))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
@@ -116,7 +117,12 @@ class ClassificationTask(Task):
     def predict_image(self, image: np.ndarray, options: argparse.Namespace) -> tuple[dict[str, Image.Image], list]:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         pixels = evaluation_transform(self.hparams["image_size"], self.hparams["crop"])(pixels)
-        shares = self(v2.functional.to_dtype(pixels[None].to(self.device), scale=True))[0].softmax(0)
+        return self.results(image, self(v2.functional.to_dtype(pixels[None].to(self.device), scale=True))[0], options)
+
+    def results(
+        self, image: np.ndarray, output: Tensor, options: argparse.Namespace
+    ) -> tuple[dict[str, Image.Image], list[dict[str, Any]]]:
+        shares = output.softmax(0)
         values, labels = shares.topk(min(options.top, len(shares)))
         names = [self.class_names[label] for label in labels]
         return {}, [{"class": n, "score": round(v, 4)} for n, v in zip(names, values.tolist(), strict=True)]
@@ -128,14 +134,17 @@ class ClassificationTask(Task):
         self.among_five += (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).sum()
         self.log_loss(f"{split}_loss", F.cross_entropy(logits, labels), len(images))
 
-    def finish(self, split: str) -> None:
+    def finish(self, split: str) -> dict[str, Tensor]:
         matrix = self.confusion.compute()  # rows are the truth
         self.confusion.reset()
         five = self.all_gather(self.among_five).sum().double()
         self.among_five = 0
         scores = {"top1": matrix.diag().sum() / matrix.sum(), "top5": five / matrix.sum()}
         right = matrix.diag() / matrix.sum(1)  # nan for a class of which there is no image
-        self.log_scores(scores | {f"top1_{name}": share for name, share in zip(self.class_names, right, strict=True)})
-        if self.folder is not None and self.trainer.is_global_zero and self.is_best(scores["top1"]):
-            with whole(self.folder / f"confusion_{split}.png") as unfinished:
-                save_confusion(unfinished, matrix.cpu().numpy(), self.class_names)
+        self.confused = matrix.cpu().numpy()
+        return scores | {f"top1_{name}": share for name, share in zip(self.class_names, right, strict=True)}
+
+    def save_results(self, folder: Path, split: str) -> None:
+        if self.trainer.is_global_zero:
+            with whole(folder / f"confusion_{split}.png") as unfinished:
+                save_confusion(unfinished, self.confused, self.class_names)

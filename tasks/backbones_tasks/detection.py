@@ -13,7 +13,7 @@ from torch import Tensor
 from . import rle
 from .coco import CocoEvaluation
 from .detection_data import DetectionData
-from .detector import DENSE, MASKED, build_detector, check_options
+from .detector import DENSE, MASKED, build_detector, check_options, map_indices
 from .drawing import Objects, draw_objects, save_objects
 from .images import to_pixels
 from .task import Task
@@ -83,11 +83,12 @@ class DetectionTask(Task):
     def link(cls, parser: Any) -> None:
         parser.link_arguments("model.detector", "data.masks", compute_fn=lambda detector: detector in MASKED)
 
+    @classmethod
+    def map_indices(cls, options: Mapping[str, Any], strides: Mapping[int, int]) -> list[int]:
+        return map_indices(strides, options["detector"])
+
     def describe(self) -> str:
         return f"{self.hparams['detector']} on {self.hparams['backbone']['name']}"
-
-    def forward(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        return self.model(images)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch
@@ -120,7 +121,12 @@ class DetectionTask(Task):
     ) -> tuple[dict[str, Image.Image], list[dict[str, Any]]]:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         (found,) = self([pixels.to(self.device).float() / 255])
-        objects = _objects(found, options.threshold)
+        return self.results(image, found, options)
+
+    def results(
+        self, image: np.ndarray, output: dict[str, Tensor], options: argparse.Namespace
+    ) -> tuple[dict[str, Image.Image], list[dict[str, Any]]]:
+        objects = _objects(output, options.threshold)
         return {"overlays": draw_objects(image, objects, self.class_names)}, self._entries(objects, image.shape[:2])
 
     def _entries(self, objects: Objects, size: tuple[int, int]) -> list[dict[str, Any]]:
@@ -136,18 +142,18 @@ class DetectionTask(Task):
         return entries
 
     def start(self, split: str) -> None:
-        truth = self.trainer.datamodule.datasets[split].coco()
+        truth = self.data.datasets[split].coco()
         self.evaluation = CocoEvaluation(truth, self.class_names, self.masks)
 
     def evaluate(self, batch: Batch, split: str) -> None:
         images, targets = batch
         self.evaluation.update(targets, self(images))
 
-    def finish(self, split: str) -> None:
-        scores = self.evaluation.compute()
-        self.log_scores(scores)
-        if self.folder is not None and self.is_best(scores[self.metric]):
-            self.evaluation.save(self.folder / f"coco_{split}")
+    def finish(self, split: str) -> dict[str, float]:
+        return self.evaluation.compute()
+
+    def save_results(self, folder: Path, split: str) -> None:
+        self.evaluation.save(folder / f"coco_{split}")
 
 
 def narrow(detector: str) -> dict[str, Any]:

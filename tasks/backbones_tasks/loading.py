@@ -142,6 +142,11 @@ class DataModule(LightningDataModule):
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @property
+    def source(self) -> str:
+        """Where the images come from, in words."""
+        return str(self.root or "shapes drawn on the fly")
+
     def load(self, splits: list[str]) -> dict[str, Dataset]:
         """The data sets of "train", "val" or "test", checked; `DataError` names the faulty files."""
         raise NotImplementedError

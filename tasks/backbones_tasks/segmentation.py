@@ -21,7 +21,7 @@ from .inference import MIN_WINDOW, Inference, average
 from .losses import SegmentationLoss, balanced_weights
 from .pictures import index_png, overlay, palette, save_predictions
 from .raster import Raster
-from .segmenter import build_segmenter, find_architecture
+from .segmenter import build_segmenter, find_architecture, map_indices
 from .sliding import slide
 from .task import Normalise, Task
 
@@ -54,6 +54,7 @@ class SegmentationTask(Task):
     name = "segmentation"
     data_class = SegmentationData
     linked = ("num_classes", "class_names", "ignore_index")
+    alone = ("inference",)
     metric = "mIoU"
     scores = ("mIoU", "pixel_acc")
     epochs = 6
@@ -100,16 +101,17 @@ class SegmentationTask(Task):
         SegmentationLoss(options.loss, options.loss_options)
         Inference(**vars(options.inference))
 
+    @classmethod
+    def map_indices(cls, options: Mapping[str, Any], strides: Mapping[int, int]) -> list[int]:
+        return map_indices(strides, options["decoder"], **(options["decoder_options"] or {}))
+
     def describe(self) -> str:
         return f"{self.hparams['decoder']} on {self.hparams['backbone']['name']}"
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.model(self.normalise(images))
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit" and self.hparams["class_weights"] == "balanced":
-            data = self.trainer.datamodule
+            data = self.data
             if not isinstance(data, SegmentationData):
                 raise InputError("class_weights='balanced' counts the pixels of SegmentationData; give a list instead")
             self.hparams["class_weights"] = balanced_weights(data.count_pixels("train"))
@@ -162,9 +164,16 @@ class SegmentationTask(Task):
     def predict_image(self, image: np.ndarray, options: argparse.Namespace) -> tuple[dict[str, Image.Image], None]:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
         bands = self._label(lambda top, bottom: pixels[..., top:bottom, :], pixels.shape[-2:], options)
-        mask = np.concatenate(list(bands))
+        return self._pictures(image, np.concatenate(list(bands))), None
+
+    def results(
+        self, image: np.ndarray, output: torch.Tensor, options: argparse.Namespace
+    ) -> tuple[dict[str, Image.Image], None]:
+        return self._pictures(image, output.argmax(0).cpu().numpy()), None
+
+    def _pictures(self, image: np.ndarray, mask: np.ndarray) -> dict[str, Image.Image]:
         colours = palette(len(self.class_names))
-        return {"overlays": Image.fromarray(overlay(image, mask, colours)), "masks": index_png(mask, colours)}, None
+        return {"overlays": Image.fromarray(overlay(image, mask, colours)), "masks": index_png(mask, colours)}
 
     def predict_file(self, file: Path, place: Callable[[str, str], Path], options: argparse.Namespace) -> None:
         """As `Task` does; what is large, or wanted as TIFF, is read and written in windows."""
@@ -216,16 +225,14 @@ class SegmentationTask(Task):
         losses = [self.loss(*pair) for pair in zip(logits.split(1), masks.split(1), strict=True)]
         self.log_loss(f"{split}_loss", torch.stack(losses).mean(), len(images))
 
-    def finish(self, split: str) -> None:
+    def finish(self, split: str) -> dict[str, torch.Tensor]:
         matrix = self.confusion.compute().double()  # rows are the truth
         self.confusion.reset()
         hits = matrix.diag()
         union = matrix.sum(0) + matrix.sum(1) - hits
         iou = hits / union  # nan for a class that is neither there nor predicted; it does not count
-        self.log_scores(
-            {"mIoU": iou.nanmean().nan_to_num(), "pixel_acc": hits.sum() / matrix.sum().clamp(min=1)}
-            | {f"IoU_{name}": value for name, value in zip(self.class_names, iou, strict=True)}
-        )
+        scores = {"mIoU": iou.nanmean().nan_to_num(), "pixel_acc": hits.sum() / matrix.sum().clamp(min=1)}
+        return scores | {f"IoU_{name}": value for name, value in zip(self.class_names, iou, strict=True)}
 
 
 def _side(text: str) -> int:

@@ -61,6 +61,8 @@ class Task(LightningModule):
     data_class: ClassVar[type[LightningDataModule]]
     #: Options that the data decide.
     linked: ClassVar[tuple[str, ...]] = ("num_classes", "class_names")
+    #: Options that have no meaning for one head among others.
+    alone: ClassVar[tuple[str, ...]] = ()
     #: What the best checkpoint has most of.
     metric: ClassVar[str]
     #: Scores from 0 to 1 to be shown after each epoch, the metric among them.
@@ -74,6 +76,8 @@ class Task(LightningModule):
     model: nn.Module
     #: Where results go that are more than scores; None for nowhere.
     folder: Path | None = None
+    #: The task that this is a head of, if it is, and the head's name.
+    within: tuple["Task", str] | None = None
 
     def __init__(
         self,
@@ -115,6 +119,7 @@ class Task(LightningModule):
             },
             logger=False,
         )
+        self.normalise: nn.Module = nn.Identity()  # what `model` wants of images in [0, 1]
 
     # What a task says
 
@@ -144,6 +149,11 @@ class Task(LightningModule):
     def link(cls, parser: Any) -> None:
         """Link options of the data to those of the model, beside `linked`, on jsonargparse's parser."""
 
+    @classmethod
+    def map_indices(cls, options: Mapping[str, Any], strides: Mapping[int, int]) -> list[int]:
+        """Which of a backbone's maps its model takes, given the stride of each by its index."""
+        raise NotImplementedError
+
     def start(self, split: str) -> None:
         """Begin to measure on "val" or "test"."""
 
@@ -151,9 +161,12 @@ class Task(LightningModule):
         """Measure a batch; a loss, if there is one, is logged as `val_loss` or `test_loss`."""
         raise NotImplementedError
 
-    def finish(self, split: str) -> None:
-        """Log the scores of all batches since `start`."""
+    def finish(self, split: str) -> dict[str, Any]:
+        """The scores of all batches since `start`."""
         raise NotImplementedError
+
+    def save_results(self, folder: Path, split: str) -> None:
+        """Write into a folder what there is to the scores of `finish`; every process calls."""
 
     def describe(self) -> str:
         """What is trained, in a few words."""
@@ -171,6 +184,12 @@ class Task(LightningModule):
         self, image: np.ndarray, options: argparse.Namespace
     ) -> tuple[dict[str, Image.Image], dict[str, Any] | None]:
         """What to write for an image (H, W, 3) uint8: a picture per folder, and an entry of results.json, if any."""
+        raise NotImplementedError
+
+    def results(
+        self, image: np.ndarray, output: Any, options: argparse.Namespace
+    ) -> tuple[dict[str, Image.Image], list[Any] | None]:
+        """The same, given what `model` says of the image."""
         raise NotImplementedError
 
     def predict_file(
@@ -195,13 +214,13 @@ class Task(LightningModule):
 
     # What subclasses use
 
-    def remember(self, backbone: str | Mapping[str, Any], **options: Any) -> None:
+    def remember(self, backbone: str | Mapping[str, Any] | nn.Module, **options: Any) -> None:
         """Put into checkpoints what `model` was built of.
 
         They carry plain values, the backbone's full name, and no need for the weights it began with. Where no
         `layer_decay` is given, what those call for is decided here.
         """
-        built = {"name": backbone} if isinstance(backbone, str) else dict(backbone)
+        built = dict(backbone) if isinstance(backbone, Mapping) else {"name": backbone}
         inner = self.model.inner_backbone
         if self.hparams["layer_decay"] is None:
             published = any(built.get(name) for name in ("pretrained", *inner.weight_options))
@@ -230,6 +249,28 @@ class Task(LightningModule):
 
     # Lightning
 
+    def forward(self, images: Any) -> Any:
+        """What the model says of images in [0, 1]; once trained, a head says it as in a pass that serves all heads."""
+        if self.within is not None and not self.training:
+            task, head = self.within
+            return task.model(images, heads=[head])[head]
+        return self.model(self.normalise(images))
+
+    def log(self, name: str, value: Any, **options: Any) -> None:
+        if self.within is None:
+            super().log(name, value, **options)
+        else:
+            task, head = self.within
+            task.log(f"{head}/{name}", value, **options)
+
+    @property
+    def data(self) -> LightningDataModule:
+        """Where its images come from, as the trainer has them."""
+        if self.within is None:
+            return self.trainer.datamodule
+        task, head = self.within
+        return task.data.parts[head]
+
     @property
     def class_names(self) -> list[str]:
         return self.hparams["class_names"]
@@ -254,10 +295,22 @@ class Task(LightningModule):
         self.evaluate(batch, "test")
 
     def on_validation_epoch_end(self) -> None:
-        self.finish("val")
+        self._conclude("val")
 
     def on_test_epoch_end(self) -> None:
-        self.finish("test")
+        self._conclude("test")
+
+    def _conclude(self, split: str) -> None:
+        scores = self.finish(split)
+        self.log_scores(scores)
+        if self.folder is not None and self.is_best(scores[self.metric]):
+            self.save_results(self.folder, split)
+
+    def pictured(self, count: int) -> Any:
+        """So many samples, evenly spread, of the validation data set, for `save_picture`."""
+        dataset = self.data.datasets["val"]
+        chosen = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
+        return [dataset[i] for i in chosen]
 
     def make_optimizer(self) -> Optimizer:
         """timm's optimizer; norms, biases and position tables do not decay, and layers have an `lr_scale` each."""

@@ -164,7 +164,7 @@ class CommandLine(LightningCLI):
         try:
             self.config = parser.parse_args(args)
         except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
-            raise InputError(_explain(str(error), parser)) from error
+            raise InputError(explain(str(error), parser)) from error
 
     def before_instantiate_classes(self) -> None:
         self.task.check_options(self.config.model)
@@ -197,11 +197,10 @@ class CommandLine(LightningCLI):
     def describe(self) -> str:
         """One line on what is trained on what."""
         parameters = sum(p.numel() for p in self.model.model.parameters()) / 1e6
-        data = self.datamodule.root or "shapes drawn on the fly"
         decay = self.model.hparams["layer_decay"]
         return (
             f"{self.model.describe()}, {parameters:.1f} M parameters{f', layer decay {decay}' if decay != 1 else ''}; "
-            f"{self.datamodule.num_classes} classes from {data}; {self.trainer.accelerator.name()}"
+            f"{self.datamodule.num_classes} classes from {self.datamodule.source}; {self.trainer.accelerator.name()}"
         )
 
 
@@ -290,7 +289,7 @@ def _find_run(task: str, own: argparse.Namespace) -> tuple[Path | None, Path | N
     return run, checkpoint
 
 
-def _explain(message: str, parser: LightningArgumentParser) -> str:
+def explain(message: str, parser: LightningArgumentParser) -> str:
     """The parser's message, with the nearest option where one is unknown."""
     unknown = re.search(r"unrecognized arguments: (?:--)?([\w.]+)", message)
     in_group = re.search(r"[Gg]roup '([\w.]+)' does not accept option '([\w.]+)'", message)

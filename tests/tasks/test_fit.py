@@ -392,17 +392,15 @@ def test_loss_is_zero_where_no_pixel_counts():
 
 def test_scores_are_those_of_the_formula():
     task = SegmentationTask(num_classes=3, decoder_options={"decoder_channels": 8})
-    logged = {}
-    task.log = lambda name, value, **options: logged.update({name: float(value)})
     truth = torch.tensor([[0, 0, 0, 1, 255]])
     prediction = torch.tensor([[0, 0, 1, 1, 2]])
     task.confusion.update(prediction, truth)
-    task.finish("val")
-    assert logged["IoU_class 0"] == pytest.approx(2 / 3)
-    assert logged["IoU_class 1"] == pytest.approx(1 / 2)
-    assert np.isnan(logged["IoU_class 2"])  # neither there nor predicted where pixels count
-    assert logged["mIoU"] == pytest.approx((2 / 3 + 1 / 2) / 2)
-    assert logged["pixel_acc"] == pytest.approx(3 / 4)
+    scores = task.finish("val")
+    assert scores["IoU_class 0"] == pytest.approx(2 / 3)
+    assert scores["IoU_class 1"] == pytest.approx(1 / 2)
+    assert np.isnan(scores["IoU_class 2"])  # neither there nor predicted where pixels count
+    assert scores["mIoU"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert scores["pixel_acc"] == pytest.approx(3 / 4)
 
 
 def test_images_are_normalised_as_the_backbone_asks():
