@@ -3,6 +3,7 @@
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,8 +12,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from .folders import Classes, Pair, check_pairs, find_pairs, read_classes
+from .folders import Classes, Pair, check_pairs, read_classes
 from .images import read_image, read_mask
+from .layouts import find_layout, find_pairs
 from .loading import DataModule, jitter, seeded
 from .shapes import CLASSES as SHAPE_CLASSES
 from .shapes import draw_scene
@@ -120,8 +122,11 @@ class SegmentationData(DataModule):
     Args:
         root: a folder with `images/train`, `labels/train`, `images/val`, `labels/val` and, for testing,
             `images/test`, `labels/test`; or with `images` and `masks` alone. Masks are one-channel PNGs of class
-            values. Class names come from `classes.json` in it, {"classes": [...], "ignore_index": 255}.
-        classes: names of the mask values 0, 1, 2, ..., in place of `classes.json`
+            values. Class names come from `classes.json` in it, {"classes": [...], "ignore_index": 255}. Or the folder
+            of ADE20K (ADEChallengeData2016), Cityscapes (leftImg8bit, gtFine) or Pascal VOC (VOC2012) as published,
+            whose classes are known
+        layout: which of these it is; what its folders tell unless given
+        classes: names of the mask values 0, 1, 2, ..., in place of `classes.json` or of what was published
         ignore_index: a mask value that neither trains nor counts; 255 never does
         batch_size: images per step and device
         crop_size: side in pixels of the random training crops
@@ -139,6 +144,7 @@ class SegmentationData(DataModule):
     def __init__(
         self,
         root: str | None = None,
+        layout: Literal["folders", "ade20k", "cityscapes", "voc"] | None = None,
         classes: list[str] | None = None,
         ignore_index: int | None = None,
         batch_size: int = 8,
@@ -157,9 +163,12 @@ class SegmentationData(DataModule):
         self.check, self.shapes = check, shapes
         self.crop_size, self.scale, self.flip, self.color_jitter = crop_size, scale, flip, color_jitter
         self.val_fraction, self.split_seed = val_fraction, split_seed
-        self.classes = (
-            Classes.make(SHAPE_CLASSES) if self.root is None else read_classes(self.root, classes, ignore_index)
-        )
+        if self.root is None:
+            self.classes = Classes.make(SHAPE_CLASSES)
+        else:
+            self.layout = find_layout(self.root, layout)
+            published = self.layout.classes(ignore_index)
+            self.classes = read_classes(self.layout.root, classes, ignore_index, published)
 
     @property
     def class_names(self) -> list[str]:
@@ -190,11 +199,11 @@ class SegmentationData(DataModule):
 
         found, problems = {}, []
         for split in splits:
-            found[split], more = find_pairs(self.root, split, self.val_fraction, self.split_seed)
+            found[split], more = find_pairs(self.layout, split, self.val_fraction, self.split_seed)
             problems += [problem for problem in more if problem not in problems]
         every = [pair for split in splits for pair in found[split]]
         if self.check:
-            checked = dict(zip(every, check_pairs(every, problems, self.classes, self.root), strict=True))
+            checked = dict(zip(every, check_pairs(every, problems, self.classes, self.layout.root), strict=True))
             found = {split: [checked[pair] for pair in pairs] for split, pairs in found.items()}
         augment = augmentation(self.crop_size, self.scale, self.flip, self.color_jitter, self.ignore_index)
         return {

@@ -15,6 +15,7 @@ from backbones.errors import InputError
 from .images import IMAGE_SUFFIXES, UNREADABLE, read_image, read_mask
 
 MASK_FOLDERS = ("labels", "masks")
+MASK_SUFFIXES = {".png", ".tif", ".tiff", ".bmp"}
 ALWAYS_IGNORED = 255  # the field's customary value for "no label"
 
 
@@ -43,14 +44,24 @@ class Classes:
     ignored: frozenset[int]
 
     @classmethod
-    def make(cls, names: Iterable[str], ignore_index: int | None = None) -> "Classes":
-        """Name the mask values 0, 1, 2, ...; `ignore_index` may be one of them, and then is no class."""
+    def make(
+        cls,
+        names: Iterable[str],
+        ignore_index: int | None = None,
+        ids: Iterable[int] | None = None,
+        ignored: Iterable[int] = (),
+    ) -> "Classes":
+        """Name the mask values `ids`, which are 0, 1, 2, ... unless given.
+
+        `ignore_index`, 255 and what is `ignored` besides may be among them, and then are no classes.
+        """
         names = list(names)
-        ignored = frozenset({ALWAYS_IGNORED} if ignore_index is None else {ALWAYS_IGNORED, ignore_index})
-        ids = tuple(i for i in range(len(names)) if i not in ignored)
-        if not ids or not all(isinstance(name, str) for name in names):
+        ignored = frozenset({ALWAYS_IGNORED, *ignored} | ({ignore_index} - {None}))
+        ids = range(len(names)) if ids is None else ids
+        found = [(name, i) for name, i in zip(names, ids, strict=True) if i not in ignored]
+        if not found or not all(isinstance(name, str) for name in names):
             raise DataError(f"the classes must be a list of at least one name, but are {names}")
-        return cls(tuple(names[i] for i in ids), ids, ignored)
+        return cls(*map(tuple, zip(*found, strict=True)), ignored)
 
     @property
     def ignore_index(self) -> int:
@@ -64,14 +75,16 @@ class Classes:
         return table[np.where((values < 0) | (values > max(self.ids)), len(table) - 1, values)]
 
 
-def read_classes(root: Path, names: list[str] | None, ignore_index: int | None) -> Classes:
-    """The classes of a folder: as given, or else from its `classes.json`."""
+def read_classes(
+    root: Path, names: list[str] | None, ignore_index: int | None, published: Classes | None = None
+) -> Classes:
+    """The classes of a folder: as given, or from its `classes.json`, or else as published for its layout."""
     if names is not None:
         return Classes.make(names, ignore_index)
     file = root / "classes.json"
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder")
     if not file.is_file():
+        if published is not None:
+            return published
         raise DataError(
             f"{root}: class names are not known. Write {file.name} there, "
             f'{{"classes": ["background", "cat"], "ignore_index": 255}}, or give --data.classes. '
@@ -83,31 +96,6 @@ def read_classes(root: Path, names: list[str] | None, ignore_index: int | None) 
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         example = '{"classes": ["background", "cat"], "ignore_index": 255}'
         raise DataError(f"{file}: expected something like {example}, but: {error!r}") from None
-
-
-def find_pairs(root: Path, split: str, val_fraction: float, split_seed: int) -> tuple[list[Pair], list[str]]:
-    """Pair the images of a split with their masks, by name without suffix.
-
-    `images/SPLIT` and `labels/SPLIT` where there are such folders, `masks` serving as well as `labels`. Otherwise
-    `val` is a random `val_fraction` of the other images and `train` the rest. Returns pairs and problems found.
-    """
-    images = root / "images"
-    masks = next((root / name for name in MASK_FOLDERS if (root / name).is_dir()), None)
-    if not images.is_dir() or masks is None:
-        raise DataError(f"{root}: expected folders 'images' and 'labels' (or 'masks') in it")
-    has_splits = (images / "train").is_dir()
-    if (images / split).is_dir():
-        return _pair_up(images / split, masks / split, root)
-    if split == "test":
-        raise DataError(f"{root}: has no folder images/test; `validate` measures on the validation images")
-    folder = "train" if has_splits else "."
-    pairs, problems = _pair_up(images / folder, masks / folder, root)
-    if (images / "val").is_dir() or not pairs:
-        return pairs, problems
-    order = np.random.default_rng(split_seed).permutation(len(pairs))
-    count = min(max(1, round(val_fraction * len(pairs))), len(pairs) - 1)
-    chosen = order[:count] if split == "val" else order[count:]
-    return [pairs[i] for i in sorted(chosen)], problems
 
 
 def check_pairs(pairs: list[Pair], problems: list[str], classes: Classes, root: Path) -> list[Pair]:
@@ -127,12 +115,21 @@ def check_pairs(pairs: list[Pair], problems: list[str], classes: Classes, root: 
     return [pair for pair, _ in checked]
 
 
-def _pair_up(images: Path, masks: Path, root: Path) -> tuple[list[Pair], list[str]]:
+def pair_up(
+    images: Path, masks: Path, root: Path, image_ending: str = "", mask_ending: str = ""
+) -> tuple[list[Pair], list[str]]:
+    """Pair the images in a folder, in any depth, with masks of the same name, and name those without a partner.
+
+    Args:
+        images, masks: the folders.
+        root: what files are named relative to in the problems.
+        image_ending, mask_ending: what only the names of images, or of masks, end with, before the suffix.
+    """
     problems: list[str] = []
-    image_files = _by_name(images, IMAGE_SUFFIXES, problems, root)
-    mask_files = _by_name(masks, {".png", ".tif", ".tiff", ".bmp"}, problems, root)
+    image_files = by_name(images, root, problems, ending=image_ending)
+    mask_files = by_name(masks, root, problems, masks=True, ending=mask_ending)
     problems += [
-        f"{file.relative_to(root)}: has no mask {masks.relative_to(root) / name}.png"
+        f"{file.relative_to(root)}: has no mask {masks.relative_to(root) / name}{mask_ending}.png"
         for name, file in image_files.items()
         if name not in mask_files
     ]
@@ -145,12 +142,14 @@ def _pair_up(images: Path, masks: Path, root: Path) -> tuple[list[Pair], list[st
     return [Pair(image_files[name], mask_files[name]) for name in names], problems
 
 
-def _by_name(folder: Path, suffixes: set[str], problems: list[str], root: Path) -> dict[str, Path]:
+def by_name(folder: Path, root: Path, problems: list[str], *, masks: bool = False, ending: str = "") -> dict[str, Path]:
+    """The images or masks in a folder, in any depth, by their paths in it without ending and suffix."""
+    suffixes = MASK_SUFFIXES if masks else IMAGE_SUFFIXES
     found: dict[str, Path] = {}
     for file in sorted(folder.rglob("*")):
-        if file.suffix.lower() not in suffixes or file.name.startswith("."):
+        if file.suffix.lower() not in suffixes or file.name.startswith(".") or not file.stem.endswith(ending):
             continue
-        name = file.relative_to(folder).with_suffix("").as_posix()
+        name = file.relative_to(folder).with_suffix("").as_posix().removesuffix(ending)
         if name in found:
             problems.append(f"{file.relative_to(root)}: {found[name].name} beside it has the same name")
         found[name] = file

@@ -68,8 +68,15 @@ def test_plain_layout_is_split_by_a_seed(tmp_path):
         assert (len(train), len(val)) == (7, 3)
         assert names.setdefault(seed, val) == val
     assert names[0] != names[1]
-    with pytest.raises(DataError, match="has no folder images/test"):
+    with pytest.raises(DataError, match="has no masks to test on"):
         data.setup("test")
+
+
+def test_images_held_out_of_a_training_folder_are_not_trained_on(tmp_path):
+    write_split(tmp_path, "train", 10)
+    data = ready(tmp_path, classes=NAMES, ignore_index=3, val_fraction=0.3)
+    train, val = ({pair.image.name for pair in data.datasets[split].pairs} for split in ("train", "val"))
+    assert (len(train), len(val), len(train & val)) == (7, 3, 0)
 
 
 def test_ignored_values_and_gaps_are_mapped_to_contiguous_classes():
