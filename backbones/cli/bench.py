@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from backbones.errors import InputError
 from backbones.registry import backbone_info, build_backbone
@@ -18,7 +18,7 @@ from backbones.registry import backbone_info, build_backbone
 from .output import print_hint, print_json, print_table
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class Case:
     """One model under one load; plain data, so that a fresh process can build it for the memory figure."""
 
+    #: Where to build it if it shall only be counted.
+    counted_on: ClassVar[str] = "meta"
+
     library: str
     name: str
     options: dict[str, Any]
@@ -47,6 +50,28 @@ class Case:
     dtype: str
     device: str
     compile: bool
+
+    def build(self, device: str | None = None) -> "tuple[nn.Module, Any]":
+        """The model and what it is called with, on a device, by default its own."""
+        import torch
+
+        device = device or self.device
+        if self.library == "timm":
+            import timm
+
+            model = timm.create_model(self.name, **self.options)
+        else:
+            model = build_backbone(self.name, **self.options)
+        model = model.to(device).train(self.train)
+        dtype = getattr(torch, self.dtype)
+        if not self.train:
+            model.to(dtype)
+        images = torch.randn(self.batch, 3, *self.size, device=device, dtype=torch.float32 if self.train else dtype)
+        return model, images
+
+    def strides(self, model: "nn.Module") -> list[int]:
+        """Strides of the maps that the model, or the backbone in it, returns."""
+        return model.feature_info.reduction()
 
 
 @dataclass(frozen=True)
@@ -75,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     pairs = [_cases(name, load, args.vs) for name in args.names]  # names are checked before anything is timed
     rows: list[Result] = []
     for cases in pairs:
-        measured = _measure(cases, args.seconds)
+        measured = measure(cases, args.seconds)
         if len(measured) == 2:
             measured[0] = replace(measured[0], ratio=round(measured[1].latency_ms / measured[0].latency_ms, 2))
         rows += measured
@@ -84,9 +109,9 @@ def run(args: argparse.Namespace) -> int:
     ratios = [row.ratio for row in rows if row.ratio]
     geomean = round(math.exp(statistics.fmean(map(math.log, ratios))), 2) if ratios else None
     if args.json:
-        print_json({"machine": _machine(load), "results": [asdict(row) for row in rows], "geomean_ratio": geomean})
+        print_json({"machine": machine(load), "results": [asdict(row) for row in rows], "geomean_ratio": geomean})
         return 0
-    print(_machine(load))
+    print(machine(load))
     header = (
         "name",
         "library",
@@ -153,11 +178,11 @@ def _timm_indices(name: str, options: dict[str, Any], strides: list[int]) -> tup
     return tuple(max(i for i, level in enumerate(info) if level["reduction"] == stride) for stride in strides)
 
 
-def _measure(cases: list[Case], seconds: float) -> list[Result]:
+def measure(cases: list[Case], seconds: float) -> list[Result]:
     """Times the cases in turn, so that whatever else the machine does falls on all of them alike."""
     steps, models = [], []
     for case in cases:
-        model, images = _build(case)
+        model, images = case.build()
         models.append(model)
         steps.append(_step(case, model, images))
     for step in steps:
@@ -175,7 +200,7 @@ def _measure(cases: list[Case], seconds: float) -> list[Result]:
             name=case.name,
             library=case.library,
             size="x".join(map(str, case.size)),
-            maps=" ".join(map(str, model.feature_info.reduction())),
+            maps=" ".join(map(str, case.strides(model))),
             params_m=round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
             gmacs=round(_gmacs(case), 2),
             latency_ms=round(1e3 * statistics.median(taken), 1),
@@ -186,25 +211,7 @@ def _measure(cases: list[Case], seconds: float) -> list[Result]:
     ]
 
 
-def _build(case: Case, device: str | None = None) -> "tuple[nn.Module, Tensor]":
-    import torch
-
-    device = device or case.device
-    if case.library == "timm":
-        import timm
-
-        model = timm.create_model(case.name, **case.options)
-    else:
-        model = build_backbone(case.name, **case.options)
-    model = model.to(device).train(case.train)
-    dtype = getattr(torch, case.dtype)
-    if not case.train:
-        model.to(dtype)
-    images = torch.randn(case.batch, 3, *case.size, device=device, dtype=torch.float32 if case.train else dtype)
-    return model, images
-
-
-def _step(case: Case, model: "nn.Module", images: "Tensor") -> Callable[[], None]:
+def _step(case: Case, model: "nn.Module", images: Any) -> Callable[[], None]:
     import torch
 
     call = torch.compile(model) if case.compile else model
@@ -233,7 +240,7 @@ def _gmacs(case: Case) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     single = replace(case, batch=1, dtype="float32", train=False)
-    model, images = _build(single, device="meta")
+    model, images = single.build(case.counted_on)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(images)
@@ -247,7 +254,7 @@ def _peak_memory(case: Case) -> float:
     if torch.device(case.device).type == "cuda":
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
-        model, images = _build(case)
+        model, images = case.build()
         step = _step(case, model, images)
         step()
         torch.cuda.reset_peak_memory_stats()
@@ -265,10 +272,11 @@ def _peak_resident(case: Case) -> float:
     import torch
 
     # What is imported and started along the way is no model's.
-    _build(case, device="meta")
+    case.build(case.counted_on)
     torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3), torch.nn.Linear(30, 30))(torch.randn(1, 8, 32, 32)).sum().backward()
     before = _max_resident(reset=True)
-    step = _step(case, *_build(case))
+    step = _step(case, *case.build())
+    _max_resident(reset=True)  # what only building it takes, such as a checkpoint to be read, is not the step's
     step()
     step()
     return _max_resident() - before
@@ -289,7 +297,7 @@ def _max_resident(reset: bool = False) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def _machine(load: Case) -> str:
+def machine(load: Case) -> str:
     import torch
 
     if torch.device(load.device).type == "cuda":
