@@ -146,5 +146,6 @@ class ClassificationTask(Task):
 
     def save_results(self, folder: Path, split: str) -> None:
         if self.trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
             with whole(folder / f"confusion_{split}.png") as unfinished:
                 save_confusion(unfinished, self.confused, self.class_names)

@@ -9,6 +9,7 @@ TASKS = {
     "segmentation": "backbones_tasks.segmentation:SegmentationTask",
     "classification": "backbones_tasks.classification:ClassificationTask",
     "detection": "backbones_tasks.detection:DetectionTask",
+    "multitask": "backbones_tasks.multitask:MultiTask",
 }
 
 

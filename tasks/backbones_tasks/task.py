@@ -146,6 +146,10 @@ class Task(LightningModule):
                 raise InputError(f"model.{name}={options[name]} must be at least 0")
 
     @classmethod
+    def check_arguments(cls, arguments: Sequence[str]) -> None:
+        """Raise InputError for what would be taken in another way than it is meant."""
+
+    @classmethod
     def link(cls, parser: Any) -> None:
         """Link options of the data to those of the model, beside `linked`, on jsonargparse's parser."""
 
