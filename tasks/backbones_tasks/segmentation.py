@@ -187,8 +187,9 @@ class SegmentationTask(Task):
                 raise
             raise UnreadableImage(str(error)) from error  # other images may well be read
         colours = palette(len(self.class_names))
-        with raster:
-            bar = tqdm(total=raster.height, desc=file.name, unit="row", leave=False, disable=not sys.stderr.isatty())
+        bar = tqdm(total=0, desc=file.name, unit="row", leave=False, disable=not sys.stderr.isatty())
+        with raster, bar:
+            bar.reset(total=raster.height)
 
             def rows(top: int, bottom: int) -> torch.Tensor:
                 bar.update(top - bar.n)
@@ -197,7 +198,6 @@ class SegmentationTask(Task):
             mask = place("masks", ".tif")
             raster.write(mask, self._label(rows, (raster.height, raster.width), options), colours)
             raster.overlay(mask, colours).save(place("overlays", ".png"))
-            bar.close()
 
     def _label(
         self, rows: Callable[[int, int], torch.Tensor], size: tuple[int, int], options: argparse.Namespace
