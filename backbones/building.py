@@ -40,7 +40,10 @@ def build(plugin: Plugin, spec: BackboneSpec, options: Mapping[str, Any]) -> "Ba
     make = _import_entry(plugin, spec)
     options = dict(options)
     pretrained = options.pop("pretrained", False)
-    recorded = _recorded(options)  # before a constructor has used up an iterator
+    told = options.pop("pretrained_cfg", None) or {}
+    if not isinstance(told, Mapping):
+        raise InputError(f"pretrained_cfg={told!r}: give a dict of what the model's is to say, such as mean and std")
+    recorded = json_values(options)  # before a constructor has used up an iterator
     model = _construct(plugin, spec, make, options)
     _check_model(plugin, spec, model, options)
     model.spec = spec
@@ -53,10 +56,13 @@ def build(plugin: Plugin, spec: BackboneSpec, options: Mapping[str, Any]) -> "Ba
         from .weights import load_pretrained
 
         load_pretrained(model, spec, pretrained)
+    for key, value in told.items():
+        if key not in ("architecture", "num_classes"):  # these say what has just been built
+            model.pretrained_cfg[key] = tuple(value) if isinstance(value, list) else value
     return model
 
 
-def _recorded(options: Mapping[str, Any]) -> dict[str, Any]:
+def json_values(options: Mapping[str, Any]) -> dict[str, Any]:
     """Those options that a JSON file can hold, as it gives them back."""
     recorded = {}
     for name, value in options.items():
@@ -168,7 +174,7 @@ def _no_such_option(canonical_name: str, option: str, make: Callable[..., Any]) 
 def _options(make: Callable[..., Any]) -> set[str]:
     """Keyword arguments of a function, or of a class and the bases it hands the rest of its keywords to."""
     callables = [c.__init__ for c in make.__mro__ if "__init__" in vars(c)] if isclass(make) else [make]
-    names = {"pretrained"}
+    names = {"pretrained", "pretrained_cfg"}
     for each in callables:
         parameters = signature(each).parameters.values()
         names |= {p.name for p in parameters if p.kind in (Parameter.KEYWORD_ONLY, Parameter.POSITIONAL_OR_KEYWORD)}

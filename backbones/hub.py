@@ -125,12 +125,12 @@ def from_pretrained(
     require_fields(config, BACKBONE_FIELDS, source)
     saved = config["options"]
     with explained(config, source):
-        model = build_backbone(config["backbone"], **(saved | options))
+        told = {"pretrained_cfg": config.get("pretrained_cfg")}
+        model = build_backbone(config["backbone"], **(saved | told | options))
     report = load_weights(model, weights)
     changed = [k for k, v in options.items() if k not in saved or as_saved(v) != saved[k]]
     if not changed and (report.missing or report.mismatched or report.unexpected):
         raise WeightsError(f"{source}: {WEIGHTS} does not hold the weights of the {CONFIG} beside it.\n{report}")
-    restore_preprocessing(model, config)
     return model
 
 
@@ -288,7 +288,7 @@ def require_fields(config: Any, fields: Mapping[str, type], source: str | os.Pat
 def backbone_config(model: "Backbone") -> dict[str, Any]:
     """What it takes to build a backbone again, as JSON holds it; `InputError` where JSON cannot."""
     name = getattr(model, "canonical_name", None)
-    if name is None:
+    if name is None or not hasattr(model, "build_options"):
         raise InputError(
             f"a {type(model).__name__} that was not built by name cannot be built again from a folder; make it with "
             "build_backbone, after backbones.register(spec) if no plugin has it"
@@ -328,13 +328,6 @@ def explained(config: Mapping[str, Any], source: str | os.PathLike) -> Iterator[
                 f"`pip install {distribution}`"
             ) from error
         raise
-
-
-def restore_preprocessing(model: "Backbone", config: Mapping[str, Any]) -> None:
-    """Give a backbone the `pretrained_cfg` that it was saved with."""
-    for key, value in config.get("pretrained_cfg", {}).items():
-        if key not in ("architecture", "num_classes"):  # these tell how the model was built just now
-            model.pretrained_cfg[key] = tuple(value) if isinstance(value, list) else value
 
 
 def as_saved(value: Any) -> Any:

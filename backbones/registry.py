@@ -115,7 +115,8 @@ def build_backbone(name: str, **options: Any) -> "Backbone":
     Args:
         name: what `list_backbones` returns, or an alias.
         **options: those common to all backbones (`out_indices`, `pretrained`, `in_chans`, ..., see `Backbone`)
-            and the architecture's own. `pretrained` is False, True (the first published weights), a tag, or a path.
+            and the architecture's own. `pretrained` is False, True (the first published weights), a tag, or a path;
+            `pretrained_cfg`, what the model's is to say, such as {"mean": ..., "std": ...} of the weights at a path.
 
     Returns:
         The model, in training mode, with its `spec` and its `canonical_name`.

@@ -8,15 +8,17 @@ if TYPE_CHECKING:
     from .detector import build_detector
     from .heads import build_multitask
     from .segmenter import build_segmenter
+    from .sharing import from_pretrained
 
 _MODULES = {
     "build_classifier": "classifier",
     "build_detector": "detector",
     "build_multitask": "heads",
     "build_segmenter": "segmenter",
+    "from_pretrained": "sharing",
 }
 
-__all__ = ["build_classifier", "build_detector", "build_multitask", "build_segmenter"]
+__all__ = ["build_classifier", "build_detector", "build_multitask", "build_segmenter", "from_pretrained"]
 
 
 def __getattr__(name: str):

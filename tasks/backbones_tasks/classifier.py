@@ -9,7 +9,7 @@ from torch import nn
 from backbones import Backbone, build_backbone
 from backbones.errors import InputError
 
-from .models import BackboneLike, HoldsBackbone, backbone_options, make_backbone, nearest
+from .models import BackboneLike, HoldsBackbone, backbone_options, make_backbone, nearest, recorded
 
 #: Pooling as users call it, and as timm's classifiers do.
 POOLS = {"avg": "avg", "cls": "token", "both": "both", "max": "max"}
@@ -28,7 +28,7 @@ def build_classifier(
 
     Args:
         backbone: a name, a dict of `build_backbone` options that includes "name", or a module with timm's
-            `feature_info` that returns a list of maps
+            `feature_info` that returns a list of maps; or a classifier of so many classes that `build_backbone` made
         num_classes: number of classes
         pool: "avg" or "max" over the last map; "cls", the class token, or "both", token and average, of vision
             transformers; None for what the architecture was published with
@@ -47,8 +47,9 @@ def build_classifier(
         raise InputError(f"drop_rate={drop_rate} must be at least 0 and under 1")
     if pool is not None and pool not in POOLS:
         raise InputError(f"unknown pool {pool!r}; {nearest(pool, POOLS)}")
+    own = {"num_classes": num_classes, "pool": pool, "drop_rate": drop_rate}
     if isinstance(backbone, nn.Module):
-        return _on_module(backbone, num_classes, pool, drop_rate)
+        return recorded(_on_module(backbone, **own), "classification", **own)
     options = backbone_options(backbone, "a classifier")
     if given := [name for name in _OURS if name in options]:
         raise InputError(
@@ -65,9 +66,9 @@ def build_classifier(
             if pool in ("cls", "both"):
                 raise
         else:
-            return Classifier(_with_pool(published, pool))
+            return recorded(Classifier(_with_pool(published, pool)), "classification", **own)
     options.setdefault("out_indices", (-1,))
-    return _on_module(build_backbone(name, **options), num_classes, pool, drop_rate)
+    return recorded(_on_module(build_backbone(name, **options), **own), "classification", **own)
 
 
 def map_indices(strides: Mapping[int, int], **options: Any) -> list[int]:
@@ -92,6 +93,12 @@ class Classifier(HoldsBackbone, nn.Module):
         """Logits (B, num_classes) of images (B, C, H, W); of distilled models in training, the pair of both heads."""
         features = self.backbone(images)
         return features if self.head is None else self.head(features[-1])
+
+    def saved_options(self) -> dict[str, Any]:
+        """What `build_classifier` takes; the published classifier in the backbone tells how itself it pools now."""
+        if self.head is not None:
+            return self.build_options
+        return {**self.build_options, "num_classes": self.backbone.num_classes, "pool": None}
 
 
 class PooledHead(nn.Module):
@@ -121,9 +128,12 @@ class PooledHead(nn.Module):
         return f"pool={self.pool!r}"
 
 
-def _on_module(backbone: nn.Module, num_classes: int, pool: str | None, drop_rate: float) -> Classifier:
+def _on_module(backbone: nn.Module, *, num_classes: int, pool: str | None, drop_rate: float) -> Classifier:
     make_backbone(backbone, "a classifier")  # refuses what tells no channels
     name = _name(backbone)
+    published = isinstance(backbone, Backbone) and not backbone.features_only
+    if published and (backbone.num_classes, backbone.drop_rate) == (num_classes, drop_rate):
+        return Classifier(_with_pool(backbone, pool))
     if not hasattr(backbone.feature_info, "channels") or not getattr(backbone, "features_only", True):
         raise InputError(f"{name} is a classifier already; give its name, or build it with features_only=True")
     if pool in ("cls", "both"):

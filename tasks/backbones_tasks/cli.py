@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from importlib import import_module
 
 from backbones.errors import InputError, MissingDependency
 
@@ -11,6 +12,9 @@ TASKS = {
     "detection": "backbones_tasks.detection:DetectionTask",
     "multitask": "backbones_tasks.multitask:MultiTask",
 }
+
+#: What training needs beyond the bare install.
+TRAINING = ("jsonargparse", "matplotlib", "pytorch_lightning", "torchmetrics")
 
 
 def fit(argv: Sequence[str]) -> int:
@@ -33,6 +37,35 @@ def predict(argv: Sequence[str]) -> int:
     return _run("predict", argv)
 
 
+def compare(argv: Sequence[str]) -> int:
+    """Train one recipe on several backbones, and put what comes out into a table."""
+    return _run("compare", argv)
+
+
+def share(argv: Sequence[str]) -> int:
+    """Save a trained model for others."""
+    require("backbones share", "train", *TRAINING)
+    from .sharing import command
+
+    return command(argv)
+
+
+def export(argv: Sequence[str]) -> int:
+    """Write a model as a file for onnxruntime or torch.export."""
+    from .export import command
+
+    return command(argv)
+
+
+def require(what: str, extra: str, *modules: str) -> None:
+    """Raise MissingDependency, with the line that installs the extra, unless all these modules are there."""
+    for module in modules:
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise MissingDependency(f"{what} needs {module}; run `pip install 'dense-backbones[{extra}]'`") from error
+
+
 def _run(command: str, argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: backbones {command} TASK ...\n\nTASK: {', '.join(TASKS)}  (backbones {command} TASK --help)")
@@ -41,19 +74,15 @@ def _run(command: str, argv: Sequence[str]) -> int:
         close = difflib.get_close_matches(argv[0], TASKS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(TASKS)}"
         raise InputError(f"backbones {command}: unknown task {argv[0]!r}; {hint}")
-    try:
-        import jsonargparse  # noqa: F401
-        import matplotlib  # noqa: F401
-        import pytorch_lightning  # noqa: F401
-        import torchmetrics  # noqa: F401
-    except ImportError as error:
-        raise MissingDependency(
-            f"backbones {command} needs {error.name}; run `pip install 'dense-backbones[train]'`"
-        ) from error
+    require(f"backbones {command}", "train", *TRAINING)
     if command == "predict":
         from .prediction import predict as run
 
         return run(argv)
+    if command == "compare":
+        from .compare import run_comparison
+
+        return run_comparison(argv[0], argv[1:])
     from .training import run_training
 
     return run_training(command, argv[0], argv[1:])

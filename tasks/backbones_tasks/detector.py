@@ -24,7 +24,7 @@ from torchvision.ops.poolers import LevelMapper
 from backbones import backbone_info
 from backbones.errors import InputError
 
-from .models import BackboneLike, HoldsBackbone, backbone_options, make_backbone, nearest
+from .models import BackboneLike, HoldsBackbone, backbone_options, make_backbone, nearest, recorded
 
 ARCHITECTURES = ("faster_rcnn", "mask_rcnn", "cascade_rcnn", "retinanet", "fcos")
 DENSE = ("retinanet", "fcos")
@@ -90,7 +90,10 @@ def build_detector(
     build = _build_dense if architecture in DENSE else _build_rcnn
     model = build(architecture, neck, num_classes, **{**defaults, **options})
     # convolutions on a CPU are much faster on channels-last maps, which is what backbones return
-    return model.to(memory_format=torch.channels_last)
+    model = model.to(memory_format=torch.channels_last)
+    own = {"architecture": architecture, "num_classes": num_classes, "fpn_channels": fpn_channels}
+    statistics = {name: defaults[name] for name in ("image_mean", "image_std")}  # what no weights hold
+    return recorded(model, "detection", **own, batch_norm=batch_norm, **{**statistics, **options})
 
 
 def check_options(architecture: str, options: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from backbones.errors import InputError
 from backbones.layers import ceil_div, crop_to
 
 from . import classifier, detector, segmenter
-from .models import BackboneLike, HoldsBackbone, backbone_options, make_backbone, nearest
+from .models import BackboneLike, HoldsBackbone, backbone_options, make_backbone, nearest, recorded
 from .smp import resize
 
 #: What builds a head of each task, and tells which of the backbone's maps it takes unless told.
@@ -64,6 +64,7 @@ def build_multitask(
         InputError: an option that cannot work, or heads that cannot have one pass in common
     """
     check_names(heads)
+    told = {"heads": heads, "image_size": image_size}
     built = {name: head for name, head in heads.items() if isinstance(head, nn.Module)}
     given = {name: dict(head) for name, head in heads.items() if name not in built}
     for name, head in built.items():
@@ -81,7 +82,8 @@ def build_multitask(
         given[name] = build(backbone=maps[name], **options)
     for head in built.values():
         head.set_submodule(head.backbone_path, SharedMaps(backbone))
-    return MultiTaskModel(backbone, {name: (given | built)[name] for name in heads}, image_size)
+    model = MultiTaskModel(backbone, {name: (given | built)[name] for name in heads}, image_size)
+    return recorded(model, "multitask", **told)
 
 
 class MultiTaskModel(HoldsBackbone, nn.Module):

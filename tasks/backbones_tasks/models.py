@@ -1,23 +1,37 @@
-"""What models of all tasks share: a backbone by name, options or module, and its layers for the optimizer."""
+"""What models of all tasks share: a backbone by name, options or module, its layers for the optimizer, saving."""
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
 from backbones import build_backbone
+from backbones.building import json_values
 from backbones.errors import InputError
 from backbones.weights import is_new
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 BackboneLike = str | Mapping[str, Any] | nn.Module
 
 
 class HoldsBackbone:
-    """Timm's methods for layer-wise learning rates, for a module that has a backbone at `backbone_path`."""
+    """A model for a task, with a backbone at `backbone_path`: timm's methods for layer-wise rates, and saving."""
 
     backbone_path: ClassVar[str] = "backbone"
+
+    #: What it is for, such as "segmentation".
+    task: str
+    #: What its builder was given beside the backbone: what a file can hold, and names of the rest.
+    build_options: dict[str, Any]
+    unsaved_options: list[str]
+    #: What users of a saved model want to know: "class_names", "data", "metrics", ...
+    metadata: dict[str, Any]
 
     @property
     def inner_backbone(self) -> nn.Module:
@@ -43,6 +57,38 @@ class HoldsBackbone:
         backbone = self.inner_backbone
         new = getattr(backbone, "new_parts", ())
         return [p for name, p in backbone.named_parameters() if not is_new(name, new)]
+
+    def saved_options(self) -> dict[str, Any]:
+        """What its builder has to be given, beside the backbone, to build it as it is now."""
+        return self.build_options
+
+    def save_pretrained(self, folder: str | os.PathLike) -> Path:
+        """Writes weights, options and a model card into a folder, for `backbones_tasks.from_pretrained(folder)`.
+
+        Raises:
+            InputError: it, or its backbone, was built of what a file cannot hold.
+        """
+        from .sharing import save_pretrained
+
+        return save_pretrained(self, folder)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> "CommitInfo":
+        """Uploads what `save_pretrained` writes, for `backbones_tasks.from_pretrained(repo_id)`.
+
+        Args:
+            repo_id: a repository of the Hugging Face Hub; made if need be.
+            **options: `private`, `token`, `revision`, `create_pr`, `commit_message`; see `backbones.hub.push_to_hub`.
+        """
+        from .sharing import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
+
+
+def recorded(model: HoldsBackbone, task: str, **options: Any) -> Any:
+    """A task model that knows what its builder was given, so that it can be saved."""
+    model.task, model.build_options, model.metadata = task, json_values(options), {}
+    model.unsaved_options = sorted(options.keys() - model.build_options.keys())
+    return model
 
 
 def make_backbone(backbone: BackboneLike, owner: str, **defaults: Any) -> nn.Module:

@@ -4,8 +4,9 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -60,17 +61,21 @@ def predict(argv: Sequence[str]) -> int:
     return 1 if unreadable else 0
 
 
-def load_task(checkpoint: Path, name: str, device: str = "cpu") -> Task:
+def load_task(checkpoint: Path, name: str | None = None, device: str = "cpu") -> Task:
     """The trained task in a checkpoint, in eval mode; the checkpoint alone says how to build it.
 
     Raises:
         WeightsError: it is missing, truncated, or no checkpoint of a run
-        InputError: it is of another task
+        InputError: it is of another task than the one of this name
     """
-    content = read_checkpoint(checkpoint, name)
-    task = find_task(name)(**content["hyper_parameters"])
+    return restore_task(read_checkpoint(checkpoint, name)).to(device).eval()
+
+
+def restore_task(content: Mapping[str, Any]) -> Task:
+    """The trained task in the content of a checkpoint."""
+    task = find_task(content["task"])(**content["hyper_parameters"])
     task.load_state_dict(content["state_dict"])
-    return task.to(device).eval()
+    return task
 
 
 def _find_images(path: Path) -> list[tuple[Path, str]]:

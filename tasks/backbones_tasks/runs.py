@@ -36,7 +36,7 @@ def new_run(task: str, out: str | None, nodes: int = 1) -> Path:
     if out is None:
         if nodes > 1 or _launched():
             raise InputError("processes started by a launcher must be told one run folder: add --out DIR")
-        folder = _next(task)
+        folder = next_folder(task)
     else:
         folder = Path(out)
         if is_run(folder) and _first():
@@ -95,7 +95,8 @@ def _numbered(task: str) -> dict[int, Path]:
     return {int(match[1]): path for path, match in found.items() if match}
 
 
-def _next(task: str) -> Path:
+def next_folder(task: str) -> Path:
+    """Make the next of `runs/TASK-001`, `runs/TASK-002`, ..."""
     number = max(_numbered(task), default=0) + 1
     while True:
         folder = RUNS / f"{task}-{number:03d}"
@@ -107,8 +108,8 @@ def _next(task: str) -> Path:
             return folder
 
 
-def read_checkpoint(path: Path, task: str) -> dict[str, Any]:
-    """The content of a checkpoint of a run of this task.
+def read_checkpoint(path: Path, task: str | None = None) -> dict[str, Any]:
+    """The content of a checkpoint of a run, of this task if one is given.
 
     Raises:
         WeightsError: it is missing, truncated, or no checkpoint of a run
@@ -117,8 +118,8 @@ def read_checkpoint(path: Path, task: str) -> dict[str, Any]:
     if not files.is_checkpoint(path):
         raise WeightsError(f"{path}: no such checkpoint; a run keeps them in its folder checkpoints/")
     content = files.read_checkpoint(path)
-    if not {"state_dict", "hyper_parameters"} <= content.keys():
+    if not {"state_dict", "hyper_parameters", "task"} <= content.keys():
         raise WeightsError(f"{path} is no checkpoint of `backbones fit`")
-    if content.get("task") != task:
-        raise InputError(f"{path} is a checkpoint of {content.get('task')}, not of {task}")
+    if task is not None and content["task"] != task:
+        raise InputError(f"{path} is a checkpoint of {content['task']}, not of {task}")
     return content

@@ -12,7 +12,7 @@ from torchvision.models.segmentation.fcn import FCNHead
 
 from backbones.errors import InputError
 
-from .models import BackboneLike, HoldsBackbone, make_backbone, nearest
+from .models import BackboneLike, HoldsBackbone, make_backbone, nearest, recorded
 from .smp import Levels, named, resize
 
 ARCHITECTURES = (
@@ -72,7 +72,7 @@ def build_segmenter(
             f"smp/fpn has four levels, and with encoder_depth={depth} the backbone has no map for the finest"
         )
     aux_head = FCNHead(levels.channels[4], num_classes) if aux else None
-    return Segmenter(
+    segmenter = Segmenter(
         backbone,
         model.decoder,
         model.segmentation_head,
@@ -81,6 +81,8 @@ def build_segmenter(
         min_size=_MIN_CELLS.get(architecture, 0) * levels.output_stride,
         aux_head=aux_head,
     )
+    own = {"architecture": architecture, "num_classes": num_classes, "aux": aux}
+    return recorded(segmenter, "segmentation", **own, **decoder_options)
 
 
 class Segmenter(HoldsBackbone, nn.Module):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from backbones import backbone_info
+from backbones.building import json_values
 from backbones.errors import InputError
 
 from .cli import TASKS
@@ -221,8 +222,8 @@ class Task(LightningModule):
     def remember(self, backbone: str | Mapping[str, Any] | nn.Module, **options: Any) -> None:
         """Put into checkpoints what `model` was built of.
 
-        They carry plain values, the backbone's full name, and no need for the weights it began with. Where no
-        `layer_decay` is given, what those call for is decided here.
+        They carry plain values, the backbone's full name, and what is to be known of the weights it began with, but
+        no need for these. Where no `layer_decay` is given, what those call for is decided here.
         """
         built = dict(backbone) if isinstance(backbone, Mapping) else {"name": backbone}
         inner = self.model.inner_backbone
@@ -231,6 +232,7 @@ class Task(LightningModule):
             own = published and self.hparams["backbone_lr"] == 1
             options["layer_decay"] = inner.spec.layer_decay if own else 1.0
         built = {k: v for k, v in built.items() if k != "pretrained"}
+        built["pretrained_cfg"] = json_values(inner.pretrained_cfg)  # images are normalised as those weights want it
         self.save_hyperparameters({"backbone": {**built, "name": inner.canonical_name}, **options}, logger=False)
 
     def log_loss(self, name: str, loss: Tensor, batch_size: int) -> None:

@@ -417,6 +417,7 @@ def test_images_are_normalised_as_the_backbone_asks():
 def test_checkpoints_carry_the_full_name_and_no_pretrained_weights(trained):
     content = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
     backbone = content["hyper_parameters"]["backbone"]
+    assert backbone.pop("pretrained_cfg")["mean"] == pytest.approx([0.485, 0.456, 0.406])
     assert backbone == {"name": "pvt/pvt_v2_b0", "drop_path_rate": 0.3}
 
 
