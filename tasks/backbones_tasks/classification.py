@@ -137,7 +137,7 @@ class ClassificationTask(Task):
     def finish(self, split: str) -> dict[str, Tensor]:
         matrix = self.confusion.compute()  # rows are the truth
         self.confusion.reset()
-        five = self.all_gather(self.among_five).sum().double()
+        five = self.trainer.strategy.reduce(self.among_five, reduce_op="sum").double()
         self.among_five = 0
         scores = {"top1": matrix.diag().sum() / matrix.sum(), "top5": five / matrix.sum()}
         right = matrix.diag() / matrix.sum(1)  # nan for a class of which there is no image
