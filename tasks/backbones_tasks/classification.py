@@ -11,6 +11,7 @@ from PIL import Image
 from timm.data import Mixup
 from torch import Tensor
 from torch.nn import functional as F
+from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision.transforms import v2
 
@@ -74,7 +75,7 @@ class ClassificationTask(Task):
         if mixup or cutmix:
             self.mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=classes)
         self.confusion = MulticlassConfusionMatrix(classes, validate_args=False)
-        self.among_five = 0
+        self.among_five = SumMetric()
 
     @classmethod
     def check_options(cls, options: Any) -> None:
@@ -131,14 +132,14 @@ class ClassificationTask(Task):
         images, labels = batch
         logits = self(images)
         self.confusion.update(logits.argmax(1), labels)
-        self.among_five += (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).sum()
+        self.among_five.update(logits.topk(min(5, logits.shape[1])).indices == labels[:, None])
         self.log_loss(f"{split}_loss", F.cross_entropy(logits, labels), len(images))
 
     def finish(self, split: str) -> dict[str, Tensor]:
         matrix = self.confusion.compute()  # rows are the truth
         self.confusion.reset()
-        five = self.trainer.strategy.reduce(self.among_five, reduce_op="sum").double()
-        self.among_five = 0
+        five = self.among_five.compute()
+        self.among_five.reset()
         scores = {"top1": matrix.diag().sum() / matrix.sum(), "top5": five / matrix.sum()}
         right = matrix.diag() / matrix.sum(1)  # nan for a class of which there is no image
         self.confused = matrix.cpu().numpy()
