@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub.constants
@@ -321,7 +322,7 @@ def test_a_checkpoint_is_shared_by_one_command(capsys):
     fit("segmentation", "--backbone=mobilevit_xxs", "--model.decoder_options={decoder_channels: 8}")
     assert main(["share", CKPT, "--out", "shared/mine"]) == 0
     assert "segmentation on mobilevit/mobilevit_xxs: mIoU 0." in capsys.readouterr().out
-    task, model = load_task(CKPT, "segmentation"), from_pretrained("shared/mine").eval()
+    task, model = load_task(Path(CKPT), "segmentation"), from_pretrained("shared/mine").eval()
     with torch.inference_mode():
         assert torch.equal(model(task.normalise(IMAGES)), task(IMAGES))
     told = model.metadata
