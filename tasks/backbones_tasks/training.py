@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def run_training(command: str, name: str, argv: Sequence[str]) -> int:
             anything is read or built
     """
     quiet()
-    own, rest = _own_options(argv)
+    own, rest = own_options(argv)
     task = find_task(name)
     with told_once():
         return _fit(task, own, rest) if command == "fit" else _evaluate(command, task, own, rest)
@@ -89,12 +89,8 @@ def _evaluate(command: str, task: type[Task], own: argparse.Namespace, argv: lis
     checkpoint = Path(own.ckpt_path)
     if own.ckpt_path in ("best", "last"):
         checkpoint = (Path(own.out) if own.out else newest_run(task.name)) / "checkpoints" / f"{own.ckpt_path}.ckpt"
-    # the checkpoint says what the model is; the config of its run, where there is one, what the data were
     trained = read_checkpoint(checkpoint, task.name)["hyper_parameters"]
-    model = {name: value for name, value in trained.items() if name not in (*task.linked, "seed")}
-    config = checkpoint.parent.parent / "config.yaml"
-    before = ["--config", str(config)] if config.is_file() and not own.has_config else []
-    cli = CommandLine(command, task, [*before, "--model", json.dumps(model), *argv])
+    cli = CommandLine(command, task, [*as_trained(task, checkpoint, trained, not own.has_config), *argv])
     if cli.datamodule.class_names != trained["class_names"]:
         raise InputError(
             f"{checkpoint} was trained on the classes {', '.join(trained['class_names'])}, but the data have "
@@ -109,6 +105,21 @@ def _evaluate(command: str, task: type[Task], own: argparse.Namespace, argv: lis
         width = max(map(len, values))
         print(checkpoint, *(f"  {name:{width}}  {value:.4f}" for name, value in values.items()), sep="\n")
     return 0
+
+
+def as_trained(task: type[Task], checkpoint: Path, trained: Mapping[str, Any], with_config: bool = True) -> list[str]:
+    """Arguments for a checkpoint's model, which it tells by itself, and for its data, if its run's config is there.
+
+    Args:
+        task: class of the task
+        checkpoint: of a run
+        trained: its hyperparameters
+        with_config: whether to read the config
+    """
+    model = {name: value for name, value in trained.items() if name not in (*task.linked, "seed")}
+    config = checkpoint.parent.parent / "config.yaml"
+    before = ["--config", str(config)] if with_config and config.is_file() else []
+    return [*before, "--model", json.dumps(model)]
 
 
 class CommandLine(LightningCLI):
@@ -258,8 +269,8 @@ def _end_others(trainer: Trainer) -> None:
             process.kill()
 
 
-def _own_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Take out the options that are ours, and write shorthands in full."""
+def own_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Take out the options of `backbones fit` that are not Lightning's, and write shorthands in full."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--out")
     parser.add_argument("--ckpt_path")
