@@ -64,7 +64,6 @@ def build_multitask(
         InputError: an option that cannot work, or heads that cannot have one pass in common
     """
     check_names(heads)
-    told = {"heads": heads, "image_size": image_size}
     built = {name: head for name, head in heads.items() if isinstance(head, nn.Module)}
     given = {name: dict(head) for name, head in heads.items() if name not in built}
     for name, head in built.items():
@@ -82,8 +81,7 @@ def build_multitask(
         given[name] = build(backbone=maps[name], **options)
     for head in built.values():
         head.set_submodule(head.backbone_path, SharedMaps(backbone))
-    model = MultiTaskModel(backbone, {name: (given | built)[name] for name in heads}, image_size)
-    return recorded(model, "multitask", **told)
+    return MultiTaskModel(backbone, {name: (given | built)[name] for name in heads}, image_size)
 
 
 class MultiTaskModel(HoldsBackbone, nn.Module):
@@ -108,6 +106,17 @@ class MultiTaskModel(HoldsBackbone, nn.Module):
         self.transform = _common_transform(backbone, heads, image_size)
         segmenters = [head for head in heads.values() if isinstance(head, segmenter.Segmenter)]
         self.min_size = max((head.min_size for head in segmenters), default=0)
+        self.image_size = image_size
+        if all(hasattr(head, "build_options") for head in heads.values()):
+            recorded(self, "multitask", image_size=image_size)
+            self.unsaved_options += [f"{option} of {n}" for n, head in heads.items() for option in head.unsaved_options]
+
+    def saved_options(self) -> dict[str, Any]:
+        heads = {
+            name: {"task": head.task, **head.saved_options(), "out_indices": list(head.inner_backbone.out_indices)}
+            for name, head in self.heads.items()
+        }
+        return {"heads": heads, "image_size": self.image_size}
 
     def forward(self, images: Sequence[Tensor] | Tensor, heads: Sequence[str] | None = None) -> dict[str, Any]:
         """What the heads say of images (C, H, W) in [0, 1], of any sizes, or of a batch of them (B, C, H, W).
@@ -167,7 +176,8 @@ class SharedMaps(nn.Module):
         super().__init__()
         info = backbone.feature_info
         there, channels, strides = list(info.out_indices), info.channels(), info.reduction()
-        self.chosen = [there.index(i) for i in (there if out_indices is None else out_indices)]
+        self.out_indices = there if out_indices is None else list(out_indices)
+        self.chosen = [there.index(i) for i in self.out_indices]
         self.strides = [strides[i] for i in self.chosen]
         levels = [{"num_chs": c, "reduction": s, "module": ""} for c, s in zip(channels, strides, strict=True)]
         self.feature_info = FeatureInfo(levels, tuple(self.chosen))

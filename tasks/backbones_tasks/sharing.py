@@ -284,7 +284,7 @@ def _facts(task: Any, epoch: int, run: Path) -> dict[str, Any]:
     from .callbacks import read_metrics
 
     options = task.hparams
-    facts: dict[str, Any] = {"class_names": list(task.class_names)}
+    facts: dict[str, Any] = {"class_names": task.class_names}
     if root := _data_root(run / "config.yaml"):
         facts["data"] = root
     for row in read_metrics(run / "metrics.csv"):
@@ -347,7 +347,9 @@ def _example(model: HoldsBackbone, name: str) -> str:
     return "\n".join([*lines, "", load, *call])
 
 
-def _listing(names: Sequence[str]) -> str:
+def _listing(names: Sequence[str] | Mapping[str, Sequence[str]]) -> str:
+    if isinstance(names, Mapping):
+        return "; ".join(f"{head}: {_listing(theirs)}" for head, theirs in names.items())
     more = f" and {len(names) - _LISTED} more, see {hub.CONFIG}" if len(names) > _LISTED else ""
     return f"{len(names)}: {', '.join(names[:_LISTED])}{more}"
 
