@@ -12,6 +12,8 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar, WeightAveraging
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.plugins.layer_sync import TorchSyncBatchNorm
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor
 
 from backbones.errors import InputError
@@ -39,6 +41,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if is_sharded(Path(path)):
             return read_checkpoint(Path(path))
         return super().load_checkpoint(path, map_location, weights_only=True)
+
+
+class SyncedNorms(TorchSyncBatchNorm):
+    """Batch norms over all processes, by timm, because PyTorch drops the activations that are in norms of timm's."""
+
+    def apply(self, model: torch.nn.Module) -> torch.nn.Module:
+        return convert_sync_batchnorm(model)
+
+    def revert(self, model: torch.nn.Module) -> torch.nn.Module:
+        return model  # by itself, a process sees its own batches alone
 
 
 def checkpoints(run: Path, metric: str) -> list[ModelCheckpoint]:

@@ -24,6 +24,7 @@ from .callbacks import (
     EpochLog,
     PredictionPicture,
     Progress,
+    SyncedNorms,
     Unfreezing,
     checkpoints,
     quiet,
@@ -183,6 +184,8 @@ class CommandLine(LightningCLI):
 
     def instantiate_trainer(self, **options: Any) -> Trainer:
         if self.claim_run:
+            if self.config.trainer.sync_batchnorm and self.config.trainer.accelerator == "cpu":
+                raise InputError("trainer.sync_batchnorm works on GPUs alone")
             self.datamodule.setup("fit")  # faulty data are found now, and leave no run folder behind
             self.run_folder = self.claim_run(self.config.trainer.num_nodes)
         run = self.run_folder
@@ -200,11 +203,14 @@ class CommandLine(LightningCLI):
         if self.claim_run and (self.config.model.freeze_epochs or self.config.model.unfreeze_every):
             callbacks.append(Unfreezing(self.config.model.freeze_epochs, self.config.model.unfreeze_every))
         self.trainer_defaults["callbacks"] = callbacks
+        plugins: list[Any] = [AtomicCheckpointIO()]
+        if self.config.trainer.sync_batchnorm:
+            plugins.append(SyncedNorms())
         if self.config.trainer.strategy == "fsdp":
             if str(self.config.trainer.precision).startswith("16-mixed"):
                 raise InputError("trainer.precision=16-mixed cannot be had in shards; use bf16-mixed or 32-true")
             options["strategy"] = FullySharded()
-        return super().instantiate_trainer(plugins=[AtomicCheckpointIO()], **options)
+        return super().instantiate_trainer(plugins=plugins, **options)
 
     def describe(self) -> str:
         """One line on what is trained on what."""

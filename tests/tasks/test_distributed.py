@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from backbones import build_backbone
 from backbones.cli import main
 from backbones.errors import InputError, WeightsError
 from backbones_tasks import build_detector, build_segmenter, files, runs, sharding
-from backbones_tasks.callbacks import AtomicCheckpointIO
+from backbones_tasks.callbacks import AtomicCheckpointIO, SyncedNorms
 from backbones_tasks.prediction import load_task
 
 pytestmark = pytest.mark.usefixtures("workplace")
@@ -263,6 +264,69 @@ def test_a_whole_tensor_becomes_the_shard_that_a_parameter_is(mesh):
     assert sharding._like(own, step) is step
 
 
+# Batch norms over processes
+
+
+@pytest.mark.parametrize(
+    "name", ["edgevit_xxs", "efficientformer_l1", "timm/tf_efficientnet_lite0", "torchvision/resnet18"]
+)
+def test_norms_over_processes_compute_what_the_modules_norms_do(name, randomise):
+    model = randomise(build_backbone(name))
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model(images)  # and norms are folded
+        kept = model.state_dict()
+        model = SyncedNorms().apply(model)
+        assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules())
+        for a, b in zip(before, model(images), strict=True):
+            torch.testing.assert_close(a, b)
+        for module in model.modules():
+            if isinstance(module, torch.nn.SyncBatchNorm):
+                module.running_mean += 1
+        assert not any(torch.allclose(a, b) for a, b in zip(before, model(images), strict=True))  # folded anew
+    assert kept.keys() == model.state_dict().keys()
+    again = SyncedNorms().revert(model)
+    assert again is model
+
+
+def test_norms_over_processes_need_gpus(capsys):
+    command = ["fit", "segmentation", *SMALL, DECODER, *TWO, "--trainer.strategy=ddp", "--trainer.sync_batchnorm=true"]
+    assert main(command) == 2
+    assert "sync_batchnorm works on GPUs alone" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+@pytest.mark.gpu  # two of them
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", ["edgevit_xxs", "timm/tf_efficientnet_lite0"])
+def test_norms_over_processes_see_the_batches_of_all(name, workplace):
+    (workplace / "go.py").write_text(SYNCED)
+    arguments = [str(workplace / "go.py"), name]
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *arguments], check=True, timeout=300
+    )
+
+
+SYNCED = """
+import sys, torch, torch.distributed as dist
+from backbones import build_backbone
+from backbones_tasks.callbacks import SyncedNorms
+dist.init_process_group("nccl")
+rank = dist.get_rank()
+torch.cuda.set_device(rank)
+torch.manual_seed(0)
+images = torch.rand(4, 3, 64, 64).cuda()
+plain = build_backbone(sys.argv[1]).cuda().double().train()
+synced = SyncedNorms().apply(build_backbone(sys.argv[1])).cuda().double().train()
+synced.load_state_dict(plain.state_dict())
+whole = plain(images.double())
+part = synced(images.double().chunk(2)[rank])
+for a, b in zip(whole, part):
+    torch.testing.assert_close(a.chunk(2)[rank], b)
+dist.destroy_process_group()
+"""
+
+
 # Two processes
 
 
@@ -347,6 +411,21 @@ def test_one_process_that_fails_ends_the_other(workplace):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert result.returncode
     assert "power cut" in result.stderr
+
+
+@pytest.mark.slow  # two processes
+def test_slurm_starts_the_processes(workplace):
+    slurm = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
+    slurm |= {"SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "4321", "SLURM_NODELIST": "127.0.0.1"}
+    command = [sys.executable, "-m", "backbones", "fit", "segmentation", *SMALL, DECODER, *TWO, "--out=run"]
+    started = [
+        subprocess.Popen(
+            command, env={**os.environ, **slurm, "OMP_NUM_THREADS": "1", "SLURM_PROCID": rank, "SLURM_LOCALID": rank}
+        )
+        for rank in "01"
+    ]
+    assert [process.wait(300) for process in started] == [0, 0]
+    assert [row["step"] for row in rows("run")] == [4, 8]
 
 
 @pytest.mark.slow  # a launcher and two processes, twice
