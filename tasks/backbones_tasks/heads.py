@@ -75,7 +75,7 @@ def build_multitask(
         check_options(name, options)
         _, choose = kinds[name]
         wanted[name] = options.pop("out_indices", None) or (lambda s, o=options, choose=choose: choose(s, **o))
-    backbone, maps = share(backbone, wanted)
+    backbone, maps = share_backbone(backbone, wanted)
     for name, options in given.items():
         build, _ = kinds[name]
         given[name] = build(backbone=maps[name], **options)
@@ -202,7 +202,7 @@ class SharedMaps(nn.Module):
         return f"channels={self.feature_info.channels()}, strides={self.strides}"
 
 
-def share(backbone: BackboneLike, wanted: Mapping[str, Wanted]) -> tuple[nn.Module, dict[str, SharedMaps]]:
+def share_backbone(backbone: BackboneLike, wanted: Mapping[str, Wanted]) -> tuple[nn.Module, dict[str, SharedMaps]]:
     """A backbone with the maps that heads want, and the share of each head in it.
 
     Args:

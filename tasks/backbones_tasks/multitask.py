@@ -17,7 +17,7 @@ from backbones.errors import InputError
 
 from .classification import ClassificationTask
 from .detection import DetectionTask
-from .heads import MultiTaskModel, check_options, share
+from .heads import MultiTaskModel, check_options, share_backbone
 from .multitask_data import HEADS, MultiTaskData, read_heads
 from .task import Task
 
@@ -63,7 +63,7 @@ class MultiTask(Task):
         super().__init__(**options)
         read = read_heads(heads)
         facts = facts or {}
-        shared, maps = share(
+        shared, maps = share_backbone(
             backbone,
             {
                 name: head.out_indices or (lambda strides, head=head: head.task.map_indices(head.options, strides))

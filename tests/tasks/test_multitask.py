@@ -392,3 +392,8 @@ def test_alternating_steps_ask_processes_to_look_for_unused_parameters():
         both.on_train_start()
     both._trainer.datamodule.order = "mixed"
     both.on_train_start()
+
+
+def test_a_trial_run_of_a_few_steps_ends_well(workplace):
+    """After one batch of validation, which is of one head only."""
+    assert fit("--data.order=mixed", "--trainer.fast_dev_run=1", "--out", "run") == 0
