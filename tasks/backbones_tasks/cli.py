@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 from backbones.errors import InputError, MissingDependency
 
@@ -64,6 +65,22 @@ def require(what: str, extra: str, *modules: str) -> None:
             import_module(module)
         except ImportError as error:
             raise MissingDependency(f"{what} needs {module}; run `pip install 'dense-backbones[{extra}]'`") from error
+
+
+def key_values(given: Sequence[str]) -> dict[str, Any]:
+    """What `--option KEY=VALUE ...` says, values as in YAML."""
+    import yaml
+
+    options = {}
+    for each in given:
+        key, equals, value = each.partition("=")
+        if not equals or not key.isidentifier():
+            raise InputError(f"--option {each}: write KEY=VALUE, such as pyramid=taps or out_indices=[1,2]")
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"--option {each}: {value!r} is no YAML: {error}") from error
+    return options
 
 
 def _run(command: str, argv: Sequence[str]) -> int:

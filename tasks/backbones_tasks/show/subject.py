@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from backbones import Backbone, build_backbone
 from backbones.errors import InputError
 
+from ..cli import key_values
 from .photo import Photo
 
 
@@ -74,7 +74,7 @@ class Subject:
 def build_subjects(args: argparse.Namespace) -> list[Subject]:
     """The backbones that the command line names, in eval mode."""
     names = [args.name, *getattr(args, "backbone", [])]
-    options = _options(args.option)
+    options = key_values(args.option)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     weights = _weights(args.pretrained, len(names))
     return [_build(name, source, options, args.seed, device) for name, source in zip(names, weights, strict=True)]
@@ -91,20 +91,6 @@ def _weights(given: list[str] | None, count: int) -> list[bool | str]:
     if len(given) != count:
         raise InputError(f"--pretrained has {len(given)} weights for {count} backbones; give one for each, or none")
     return given
-
-
-def _options(given: list[str]) -> dict[str, Any]:
-    """KEY=VALUE, values as in YAML."""
-    options = {}
-    for each in given:
-        key, equals, value = each.partition("=")
-        if not equals or not key.isidentifier():
-            raise InputError(f"--option {each}: write KEY=VALUE, such as pyramid=taps or out_indices=[1,2]")
-        try:
-            options[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise InputError(f"--option {each}: {value!r} is no YAML: {error}") from error
-    return options
 
 
 def _build(name: str, weights: bool | str, options: Mapping[str, Any], seed: int, device: str) -> Subject:
