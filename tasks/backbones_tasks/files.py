@@ -22,7 +22,11 @@ _SHARD = "__shard__"
 def whole(file: Path) -> Iterator[Path]:
     """Where to write a file that is whole or not there, or what it was before, whenever the process is killed."""
     unfinished = file.with_name(f".unfinished-{file.name}")
-    yield unfinished
+    try:
+        yield unfinished
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
     with unfinished.open("rb+") as stream:
         os.fsync(stream.fileno())
     if file.is_dir():  # a checkpoint in shards; a file cannot take its place

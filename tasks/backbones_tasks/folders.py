@@ -14,6 +14,7 @@ from backbones.errors import InputError
 
 from .images import IMAGE_SUFFIXES, UNREADABLE, read_image, read_mask
 
+IMAGE_FOLDERS = ("images", "JPEGImages", "leftImg8bit")  # ours and ADE20K's, Pascal VOC's, Cityscapes'
 MASK_FOLDERS = ("labels", "masks")
 MASK_SUFFIXES = {".png", ".tif", ".tiff", ".bmp"}
 ALWAYS_IGNORED = 255  # the field's customary value for "no label"

@@ -60,8 +60,6 @@ class Layout:
     name: ClassVar[str]
     #: What is in such a folder, for errors.
     holds: ClassVar[str]
-    #: Where in the folder images are.
-    images: ClassVar[str]
     #: What such folders are called in the one that their archive is unpacked to.
     usual_names: ClassVar[tuple[str, ...]] = ()
 
@@ -93,7 +91,6 @@ class PlainFolders(Layout):
     holds = (
         "images/{train,val,test}/*, labels/{train,val,test}/*.png (or masks/...), classes.json; or images/*, masks/*"
     )
-    images = "images"
 
     @classmethod
     def fits(cls, root: Path) -> bool:
@@ -113,7 +110,6 @@ class Ade20k(Layout):
 
     name = "ade20k"
     holds = "images/{training,validation}/*.jpg, annotations/{training,validation}/*.png (ADEChallengeData2016)"
-    images = "images"
     usual_names = ("ADEChallengeData2016",)
     folders: ClassVar[dict[str, str]] = {"train": "training", "val": "validation"}
 
@@ -142,7 +138,6 @@ class Cityscapes(Layout):
 
     name = "cityscapes"
     holds = "leftImg8bit/{train,val}/CITY/*_leftImg8bit.png, gtFine/{train,val}/CITY/*_gtFine_label{TrainIds,Ids}.png"
-    images = "leftImg8bit"
     usual_names = ("cityscapes", "Cityscapes")
 
     @classmethod
@@ -173,7 +168,6 @@ class PascalVoc(Layout):
 
     name = "voc"
     holds = "JPEGImages/*.jpg, SegmentationClass/*.png, ImageSets/Segmentation/{train,val,test}.txt (VOC2012)"
-    images = "JPEGImages"
     usual_names = ("VOC2012", "VOC2007", "VOCdevkit/VOC2012", "VOCdevkit/VOC2007")
 
     @classmethod

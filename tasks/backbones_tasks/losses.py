@@ -90,10 +90,10 @@ class SegmentationLoss:
         options: of the losses, by name, such as {"ohem": {"thresh": 0.9}}; those of dice, focal and lovasz are
             segmentation-models-pytorch's.
         ignore_index: value of pixels that do not count, and whose logits get no gradient.
-        class_weights: one per class; lovasz, which weighs classes equally by its nature, takes none.
+        class_weights: one per class, for all but lovasz, which weighs classes equally by its nature.
 
     Raises:
-        InputError: an unknown loss or option
+        InputError: an unknown loss or option, or weights that none of the losses takes
     """
 
     def __init__(
@@ -111,6 +111,8 @@ class SegmentationLoss:
             self.terms.append((factor, _build(name, options.pop(name, {}), ignore_index, weights)))
         if options:
             raise InputError(f"loss_options are given for {', '.join(options)}, but the loss is {terms!r}")
+        if weights is not None and all(isinstance(loss, LovaszLoss) for _, loss in self.terms):
+            raise InputError(f"loss={terms!r} weighs classes equally by its nature: leave out class_weights")
 
     def __call__(self, logits: Tensor, masks: Tensor) -> Tensor:
         """The loss of logits (B, classes, H, W) for masks (B, H, W); zero where no pixel counts."""

@@ -1,7 +1,6 @@
 """Images too large for memory: read and written in bands of rows, by rasterio."""
 
 import contextlib
-import os
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from PIL import Image
 
 from backbones.errors import MissingDependency
 
+from .files import whole
 from .images import UnreadableImage, orientation
 from .pictures import Colour, overlay
 
@@ -78,10 +78,7 @@ class Raster:
             return self._rgb(self.dataset.read(out_shape=self._preview_shape(), resampling=self._average()))
 
     def write(self, file: Path, bands: Iterable[np.ndarray], colours: Sequence[Colour]) -> None:
-        """Write class indices, given in bands of rows (rows, W), as a tiled TIFF with this image's georeference.
-
-        The file is whole or not there.
-        """
+        """Write class indices, given in bands of rows (rows, W), as a tiled TIFF with this image's georeference."""
         profile = {
             "driver": "GTiff",
             "width": self.width,
@@ -96,19 +93,14 @@ class Raster:
             "crs": self.dataset.crs,
             "transform": self.dataset.transform,
         }
-        unfinished = file.with_name(f".{file.name}.unfinished")
-        try:
-            with self._rasterio.open(unfinished, "w", **profile) as result:
-                if self.dataset.gcps[0]:
-                    result.gcps = self.dataset.gcps
-                if len(colours) <= 256:
-                    result.write_colormap(1, dict(enumerate(colours)))
-                for top, rows in _whole_tiles(bands):
-                    window = self._rasterio.windows.Window(0, top, self.width, len(rows))
-                    result.write(rows.astype(profile["dtype"]), 1, window=window)
-            os.replace(unfinished, file)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with whole(file) as unfinished, self._rasterio.open(unfinished, "w", **profile) as result:
+            if self.dataset.gcps[0]:
+                result.gcps = self.dataset.gcps
+            if len(colours) <= 256:
+                result.write_colormap(1, dict(enumerate(colours)))
+            for top, rows in _whole_tiles(bands):
+                window = self._rasterio.windows.Window(0, top, self.width, len(rows))
+                result.write(rows.astype(profile["dtype"]), 1, window=window)
 
     def overlay(self, mask: Path, colours: Sequence[Colour]) -> Image.Image:
         """The preview, tinted by the colours of a mask that `write` wrote."""

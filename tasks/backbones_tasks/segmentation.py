@@ -148,9 +148,9 @@ class SegmentationTask(Task):
     def add_predict_options(cls, parser: argparse.ArgumentParser) -> None:
         add = parser.add_argument
         trained = "as in training unless given"
-        add("--window", type=_side, help=f"larger images are taken in windows of this side; {WINDOW} unless given")
+        add("--window", type=_side, help=f"larger images are taken in windows of this side; {trained}, or {WINDOW}")
         add("--overlap", type=_share, help=f"share of a window that its neighbour covers, too; {trained}")
-        add("--scales", type=float, nargs="+", help=f"average over images resized by these factors; {trained}")
+        add("--scales", type=_scale, nargs="+", help=f"average over images resized by these factors; {trained}")
         add("--flip", action=argparse.BooleanOptionalAction, help=f"average over mirrored images, too; {trained}")
         add(
             "--mask_format",
@@ -239,6 +239,12 @@ def _side(text: str) -> int:
     if int(text) < MIN_WINDOW:
         raise argparse.ArgumentTypeError(f"{text} must be at least {MIN_WINDOW}")
     return int(text)
+
+
+def _scale(text: str) -> float:
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f"{text} must be over 0")
+    return float(text)
 
 
 def _share(text: str) -> float:

@@ -31,6 +31,7 @@ from .callbacks import (
     read_metrics,
 )
 from .files import is_checkpoint, whole
+from .folders import IMAGE_FOLDERS
 from .runs import is_run, new_run, newest_run, read_checkpoint, told_once
 from .sharding import FullySharded
 from .task import Task, find_task
@@ -260,7 +261,7 @@ def report(run: Path, task: Task, data: LightningDataModule) -> None:
     print(f"metrics, config, checkpoints: {run}")
     images = "DIR"
     if data.root:
-        images = data.root / "images" if (data.root / "images").is_dir() else data.root
+        images = next((data.root / name for name in IMAGE_FOLDERS if (data.root / name).is_dir()), data.root)
     checkpoint = "best.ckpt" if rows else "last.ckpt"  # nothing was measured if training ended within its first epoch
     command = ["--ckpt", run / "checkpoints" / checkpoint, "--images", images, "--out", run / "labelled"]
     print(f"label your own images: backbones predict {task.name} {shlex.join(map(str, command))}")

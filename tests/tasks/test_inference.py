@@ -112,6 +112,19 @@ def test_one_window_over_the_whole_image_is_exactly_the_model(task):
     assert Inference().logits(task, image).equal(task(image))
 
 
+def test_windows_equal_the_whole_image_further_from_their_rims_than_the_model_sees():
+    model = torch.nn.Conv2d(3, 4, 9, padding=4).requires_grad_(False)
+    image = torch.randn(1, 3, 150, 90)
+    difference = (Inference(window=64).probabilities(model, image) - model(image).softmax(1)).abs().amax((0, 1))
+    near = [torch.zeros(side, dtype=torch.bool) for side in (150, 90)]
+    for side, close in zip((150, 90), near, strict=True):
+        for rim in {rim for span in spans(side, 64, 0.25) for rim in (span.start, span.end)} - {0, side}:
+            close[rim - 4 : rim + 4] = True
+    near = near[0][:, None] | near[1]
+    assert difference[~near].max() < 1e-6
+    assert difference[near].max() > 1e-3
+
+
 def test_mirrored_images_are_averaged(task):
     image = torch.rand(2, 3, 40, 50)
     expected = (task(image).softmax(1) + task(image.flip(-1)).flip(-1).softmax(1)) / 2

@@ -11,7 +11,7 @@ from backbones_tasks.data import SegmentationData, ShapesOptions
 from backbones_tasks.losses import LOSSES, SegmentationLoss, balanced_weights, parse
 from backbones_tasks.segmentation import SegmentationTask
 
-WEIGHTED = [(name, weights) for name in LOSSES for weights in (None, [0.5, 1.0, 2.0])]
+WEIGHTED = [(name, None) for name in LOSSES] + [(name, [0.5, 1.0, 2.0]) for name in LOSSES if name != "lovasz"]
 
 
 @pytest.fixture
@@ -135,6 +135,12 @@ def test_unknown_losses_and_options_are_refused(terms, options, message):
     with pytest.raises(InputError) as caught:
         SegmentationLoss(terms, options)
     assert message in str(caught.value)
+
+
+def test_weights_that_no_loss_takes_are_refused():
+    with pytest.raises(InputError, match="leave out class_weights"):
+        SegmentationLoss("lovasz", class_weights=[1.0, 2.0])
+    SegmentationLoss("ce+lovasz", class_weights=[1.0, 2.0])
 
 
 def test_balanced_weights_make_classes_count_equally():

@@ -109,6 +109,21 @@ def test_what_is_written_is_what_was_given_and_keeps_the_georeference(tmp_path):
         assert dataset.colormap(1)[3][:3] == palette(4)[3]
 
 
+def test_ground_control_points_are_kept(tmp_path):
+    points = [
+        rasterio.control.GroundControlPoint(row=r, col=c, x=c / 10, y=-r / 10) for r, c in ((0, 0), (0, 9), (9, 0))
+    ]
+    with rasterio.open(tmp_path / "a.tif", "w", driver="GTiff", width=60, height=50, count=1, dtype="uint8") as dataset:
+        dataset.write(np.zeros((1, 50, 60), np.uint8))
+        dataset.gcps = (points, rasterio.crs.CRS.from_epsg(4326))
+    with Raster(tmp_path / "a.tif") as raster:
+        raster.write(tmp_path / "mask.tif", [np.zeros((50, 60), np.uint8)], palette(2))
+    with rasterio.open(tmp_path / "mask.tif") as dataset:
+        kept, crs = dataset.gcps
+    assert [(p.row, p.col, p.x, p.y) for p in kept] == [(p.row, p.col, p.x, p.y) for p in points]
+    assert crs.to_epsg() == 4326
+
+
 def test_many_classes_are_written_in_16_bits(tmp_path):
     Image.fromarray(PIXELS).save(tmp_path / "a.png")
     labels = rng.integers(0, 400, (200, 150))
