@@ -263,6 +263,8 @@ def _common_transform(
     backbone: nn.Module, heads: Mapping[str, nn.Module], image_size: int | None
 ) -> GeneralizedRCNNTransform:
     """What brings images to one size, normalises and pads them, for all heads."""
+    if image_size is not None and image_size < 1:
+        raise InputError(f"image_size={image_size} must be at least 1")
     transforms = {name: head.transform for name, head in heads.items() if _is_detector(head)}
     for transform in transforms.values():
         if image_size is not None:

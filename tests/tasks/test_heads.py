@@ -291,6 +291,11 @@ def test_what_cannot_be_is_refused(heads, message):
         build_multitask("edgevit_xxs", heads)
 
 
+def test_a_size_that_cannot_be_is_refused():
+    with pytest.raises(InputError, match="image_size=0 must be at least 1"):
+        build_multitask("edgevit_xxs", {"seg": SEG}, image_size=0)
+
+
 def test_a_head_of_another_backbone_is_refused():
     other = build_segmenter("upernet", backbone="edgevit_xxs", num_classes=2)
     for backbone in ("edgevit_xxs", build_backbone("edgevit_xxs")):
