@@ -1,6 +1,7 @@
 """`backbones export SOURCE`: a model as one file, for onnxruntime or torch.export, checked against PyTorch."""
 
 import argparse
+import copy
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ from backbones.layers.padding import is_exporting
 
 from .classifier import Classifier
 from .cli import TRAINING, key_values, require
+from .files import is_checkpoint
 from .segmenter import Segmenter
 from .sharing import from_pretrained, load_model
 
@@ -76,33 +78,37 @@ class Exported:
 
 
 class Deployable(nn.Module):
-    """A model in eval mode as it is deployed: images (B, C, H, W) in [0, 1] in, its outputs out.
+    """A model as it is deployed, in eval mode: images (B, C, H, W) in [0, 1] in, its outputs out.
 
     Args:
-        model: a backbone, a segmenter or a classifier
+        model: a backbone, a segmenter or a classifier; it is copied, to the CPU and in float32
         normalise: False to take images that are normalised already
     """
 
     def __init__(self, model: nn.Module, normalise: bool = True):
         super().__init__()
-        self.model = model.eval()
-        backbone = inner_backbone(model)
-        self.channels: int = backbone.in_chans
-        config = backbone.pretrained_cfg
-        if normalise and not len(config["mean"]) == len(config["std"]) == self.channels:
-            raise InputError(
-                f"{backbone.canonical_name} takes {self.channels} channels, and its statistics are of "
-                f"{len(config['mean'])}: export it for images that are normalised already, by --normalised"
-            )
+        self.model = copy.deepcopy(model).cpu().float().eval()
+        backbone = inner_backbone(self.model)
+        self.name: str = getattr(backbone, "canonical_name", type(backbone).__name__)
+        config = getattr(backbone, "pretrained_cfg", None) or {}
+        self.statistics = {name: list(config.get(name, ())) for name in ("mean", "std")}
+        self.channels: int = getattr(backbone, "in_chans", len(self.statistics["mean"]) or 3)
         self.normalise = normalise
-        for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(config[name]).view(1, -1, 1, 1))
+        if not normalise:
+            return
+        for name, values in self.statistics.items():
+            if len(values) != self.channels:
+                raise InputError(
+                    f"{self.name} takes {self.channels} channels, and its statistics are of {len(values)}: export it "
+                    "for images that are normalised already, by --normalised"
+                )
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor | list[Tensor]:
         return self.model((images - self.mean) / self.std if self.normalise else images)
 
 
-def inner_backbone(model: nn.Module) -> Backbone:
+def inner_backbone(model: nn.Module) -> nn.Module:
     """The backbone in a model, or the model if it is one."""
     return model if isinstance(model, Backbone) else model.inner_backbone
 
@@ -121,7 +127,7 @@ def export_model(
     """Write a model as a file that runs without this library, and compare what it computes with the model.
 
     The file takes float images (B, C, H, W) of any batch, height and width under the name `images`, and returns
-    `logits`, or `map0`, `map1`, ... of a backbone. The model is left in eval mode.
+    `logits`, or `map0`, `map1`, ... of a backbone.
 
     Args:
         model: a backbone, or what `build_segmenter` and `build_classifier` return
@@ -180,25 +186,29 @@ def check_exportable(model: nn.Module) -> None:
     if isinstance(model, (Backbone, Segmenter, Classifier)):
         return
     task = getattr(model, "task", type(model).__name__)
+    reasons = {
+        "detection": "how many objects it finds, and so the shapes within it, depend on what is in the images, which "
+        "torch.export does not trace",
+        "multitask": "its heads share a pass of the backbone by what torch.export does not see",
+    }
     raise InputError(
-        f"a model for {task} cannot be exported: how many objects it finds, and so the shapes within it, depend on "
-        "what is in the images, which torch.export does not trace. Run it in PyTorch, or export its backbone: "
-        "model.inner_backbone.save_pretrained(DIR), then `backbones export DIR`"
+        f"a model for {task} cannot be exported: {reasons.get(task, 'it has no fixed outputs')}. Run it in PyTorch, or "
+        "export its backbone: model.inner_backbone.save_pretrained(DIR), then `backbones export DIR`"
     )
 
 
 def describe(deployable: Deployable, outputs: Sequence[str], least: Sequence[int]) -> dict[str, Any]:
     """What stands in the file beside the network, for who deploys it."""
     model, backbone = deployable.model, inner_backbone(deployable.model)
+    features = getattr(backbone, "features_only", True)
     told = {
         "library": f"{hub.LIBRARY} {version(hub.LIBRARY)}",
-        "task": getattr(model, "task", "features" if backbone.features_only else "classification"),
-        "backbone": backbone.canonical_name,
+        "task": getattr(model, "task", "features" if features else "classification"),
+        "backbone": deployable.name,
         "inputs": ["images"],
         "outputs": list(outputs),
-        "strides": list(backbone.strides) if backbone.features_only else None,
-        "mean": list(backbone.pretrained_cfg["mean"]),
-        "std": list(backbone.pretrained_cfg["std"]),
+        "strides": list(backbone.feature_info.reduction()) if features else None,
+        **deployable.statistics,
         "normalised": "inside" if deployable.normalise else "outside",
         "least_sides": list(least),
     }
@@ -220,15 +230,20 @@ def load_source(source: str, *, pretrained: bool | str = False, options: Mapping
         InputError, WeightsError, UnknownBackbone, MissingDependency: as what loads the source
     """
     path = Path(source).expanduser()
-    is_folder = (path / hub.CONFIG).is_file()
-    if (is_folder or path.exists() or path.suffix == ".ckpt") and (pretrained or options):
+    is_saved = (path / hub.CONFIG).is_file()
+    is_trained = is_checkpoint(path) or path.suffix == ".ckpt"
+    if (is_saved or is_trained) and (pretrained or options):
         raise InputError(f"{source} has weights and options of its own; leave out --pretrained and --option")
-    if is_folder:
+    if is_saved:
         config, _ = hub.read_folder(path)
         return (from_pretrained if "task" in config else backbones.from_pretrained)(path).eval()
-    if path.exists() or path.suffix == ".ckpt":
+    if is_trained:
         require("export of a checkpoint", "train", *TRAINING)
         return load_model(path)
+    if (path / "checkpoints").is_dir():
+        raise InputError(
+            f"{source} is a run; name one of its checkpoints, such as {path / 'checkpoints' / 'best.ckpt'}"
+        )
     torch.manual_seed(0)
     return build_backbone(source, pretrained=pretrained, **(options or {})).eval()
 
@@ -247,13 +262,12 @@ def _trace(deployable: Deployable, example: Tensor, fixed_size: bool) -> torch.e
         with _MatrixPooling():
             program = torch.export.export(deployable, (example,), dynamic_shapes=dynamic, strict=False)
     except Exception as error:  # of many kinds, torch's own and those of the model's code under symbolic sizes
-        name = inner_backbone(deployable.model).canonical_name
-        what = "" if fixed_size else " for images of any size"
+        what = f"{deployable.name}{'' if fixed_size else ' for images of any size'}"
         remedy = "" if fixed_size else f"; {_FIX_SIZE}"
         if is_exporting is torch.compiler.is_compiling:  # torch 2.6
             remedy = f"; it cannot where images are padded, and torch 2.7 can{remedy}"
         raise ExportError(
-            f"torch {torch.__version__} cannot export the model on {name}{what}: {_first_line(error)}{remedy}"
+            f"torch {torch.__version__} cannot export the model on {what}: {_first_line(error)}{remedy}"
         ) from error
     program.example_inputs = None  # they would be saved, and be larger than many a model
     return program

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -123,7 +124,8 @@ def test_a_classifier_as_a_program_of_torch(tmp_path, randomise):
 
 def test_a_backbone_has_an_output_per_map_and_may_leave_normalisation_outside(tmp_path, randomise):
     model = randomise(build_backbone("tiny", out_indices=(1, 3)))
-    exported = export_model(model, tmp_path / "model.onnx", normalise=False, size=(64, 96), fixed_size=True)
+    exported = export_model(model.train(), tmp_path / "model.onnx", normalise=False, size=(64, 96), fixed_size=True)
+    assert model.training, "the model is left as it was"
     assert [difference.images[0] for difference in exported.differences] == [1, 2, 3]
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     assert session.get_inputs()[0].shape == ["batch", 3, 64, 96]
@@ -181,6 +183,11 @@ def test_detectors_are_refused_by_name(tmp_path):
     assert module.inner_backbone(load_source(str(folder))).canonical_name == "local/tiny"
 
 
+def test_plain_backbones_need_nothing_for_training():
+    code = "import sys; sys.modules['pytorch_lightning'] = None; import backbones_tasks.export, backbones_tasks.sharing"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_missing_package_is_named_with_the_line_that_installs_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(MissingDependency, match=r"needs onnxscript; run `pip install 'dense-backbones\[export\]'`"):
@@ -210,6 +217,9 @@ def test_folders_and_names_are_sources(tmp_path, randomise):
         load_source(str(tmp_path / "Segmenter"), options={"out_indices": [3]})
     with pytest.raises(WeightsError, match=r"gone\.ckpt: no such checkpoint"):
         load_source(str(tmp_path / "gone.ckpt"))
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"is a run; name one of its checkpoints, such as .*best\.ckpt"):
+        load_source(str(tmp_path / "run"))
     with pytest.raises(backbones.UnknownBackbone, match="did you mean"):
         load_source("tiiny")
 
