@@ -157,8 +157,8 @@ class SegmentationTask(Task):
             choices=("png", "tif"),
             default="png",
             help="tif: read images in windows, and write tiled masks that keep the georeference, with reduced "
-            "overlays, in memory that the height of an image does not change; images of over "
-            f"{Image.MAX_IMAGE_PIXELS // 10**6} million pixels always are",
+            "overlays, in memory that the height of an image does not change; so it is always with images over "
+            "PIL.Image.MAX_IMAGE_PIXELS, 89 million pixels",
         )
 
     def predict_image(self, image: np.ndarray, options: argparse.Namespace) -> tuple[dict[str, Image.Image], None]:
