@@ -303,7 +303,8 @@ def machine(load: Case) -> str:
     if torch.device(load.device).type == "cuda":
         where = torch.cuda.get_device_name(load.device)
     else:
-        where = f"CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        where = f"CPU ({torch.backends.cpu.get_cpu_capability()}), {threads} thread{'s' if threads > 1 else ''}"
     what = "forward and backward" if load.train else "forward"
     how = f"{load.dtype}, batch {load.batch}, {load.size[0]} x {load.size[1]}{', compiled' if load.compile else ''}"
     return f"{where}, torch {torch.__version__}: {what}, {how}"

@@ -20,7 +20,7 @@ import yaml
 from torch import nn
 
 from backbones import backbone_info
-from backbones.cli.bench import Case, machine, measure
+from backbones.cli.bench import Case, Result, machine, measure
 from backbones.cli.output import print_table
 from backbones.discovery import describe
 from backbones.errors import InputError
@@ -34,6 +34,7 @@ from .task import Task, find_task
 from .training import CommandLine, as_trained, own_options, write_config
 
 SECONDS = 3.0  # how long each model is timed
+TOGETHER = 8 * 2**30  # bytes of checkpoints, optimizers included, whose models are timed in turn, and else one by one
 
 _DESCRIPTION = (
     "Train the same recipe on several backbones, one after another, each in a process of its own, and put score, "
@@ -205,18 +206,20 @@ class Comparison:
             self.write()
 
     def measure(self) -> None:
-        """Measure all trained models in a row, so that what else the machine does falls on all of them alike."""
-        trained = {entry.label: entry for entry in self.entries if entry.state == "finished"}
-        case = self._case(next(iter(trained.values()))) if trained else None
-        if case is None or all(entry.figures.get("machine") == machine(case) for entry in trained.values()):
+        """Measure all trained models, in turn if they fit into memory together: what else the machine does hits all."""
+        trained = [entry for entry in self.entries if entry.state == "finished"]
+        cases = [self._case(entry) for entry in trained]
+        if all(entry.figures.get("machine") == machine(case) for entry, case in zip(trained, cases, strict=True)):
             return
-        print(f"\nmeasuring: {machine(case)}", flush=True)
-        for entry in trained.values():
-            case = self._case(entry)
-            try:
-                (result,) = measure([case], SECONDS)
-            except Exception as error:  # whatever a model does; the others are to be measured all the same
-                entry.figures = {"error": describe(error)}
+        print(f"\nmeasuring: {machine(cases[0])}", flush=True)
+        together = sum(_size(case.checkpoint) for case in cases) < TOGETHER
+        try:
+            results = measure(cases, SECONDS * len(cases)) if together else [_result(case) for case in cases]
+        except Exception:  # of one model; the others are to be measured all the same
+            results = [_result(case) for case in cases]
+        for entry, case, result in zip(trained, cases, results, strict=True):
+            if isinstance(result, str):
+                entry.figures = {"error": result}
                 continue
             entry.figures = {name: getattr(result, name) for name in ("params_m", "gmacs", "latency_ms", "peak_mb")}
             entry.figures |= {"machine": machine(case), "scores": list(load_task(case.checkpoint, case.task).scores)}
@@ -456,6 +459,19 @@ def _reason(code: int, printed: Sequence[str]) -> str:
     lines = [line for line in printed if line and not line.startswith(" ")]
     errors = [line for line in lines if re.match(r"backbones: error: |[\w.]*(?:Error|Exception|Interrupt)\b", line)]
     return (errors or lines or [f"ended with code {code}"])[-1].removeprefix("backbones: error: ")
+
+
+def _result(case: TrainedCase) -> Result | str:
+    """What was measured of a model by itself, or why it could not be."""
+    try:
+        return measure([case], SECONDS)[0]
+    except Exception as error:
+        return f"not measured: {describe(error)}"
+
+
+def _size(checkpoint: Path) -> int:
+    """Bytes of a checkpoint, in one file or in shards."""
+    return sum(file.stat().st_size for file in (checkpoint, *checkpoint.glob("*")) if file.is_file())
 
 
 def _first_image(task: type[Task], checkpoint: Path) -> Any:

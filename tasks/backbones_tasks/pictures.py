@@ -184,6 +184,7 @@ def save_tradeoff(
         axis.xaxis.set_minor_formatter(ScalarFormatter() if max(latencies) < 50 * min(latencies) else NullFormatter())
     else:
         axis.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+    axis.tick_params(axis="x", which="both", length=3.5, pad=4)
     axis.margins(x=0.16, y=0.2)
     axis.grid(alpha=0.25, which="both")
     axis.set(xlabel="latency (ms)", ylabel=score)
