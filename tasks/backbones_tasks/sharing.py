@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -204,6 +205,7 @@ def model_card(model: HoldsBackbone, name: str) -> str:
         "data": told.get("data"),
         "metrics on the validation images": ", ".join(f"{metric} {value:.4g}" for metric, value in metrics.items()),
         "training": told.get("training"),
+        "images": ", ".join(f"{option} {value}" for option, value in told.get("input", {}).items()),
         "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M",
         "weights": f"backbone {hub.origin(backbone)}",
         "licence of the backbone's code": info.license or "not stated",
@@ -289,8 +291,9 @@ def _facts(task: Any, epoch: int, run: Path) -> dict[str, Any]:
         facts["data"] = root
     for row in read_metrics(run / "metrics.csv"):
         if int(row["epoch"]) == epoch:
-            facts["metrics"] = {name: float(row[name]) for name in task.scores if row.get(name)}
-    recipe = [f"{epoch + 1} epochs", options["optimizer"], f"learning rate {options['lr']:g}"]
+            scores = {name: float(row[name]) for name in task.scores if row.get(name)}
+            facts["metrics"] = {name: score for name, score in scores.items() if math.isfinite(score)}
+    recipe = [f"{epoch + 1} epoch{'s' if epoch else ''}", options["optimizer"], f"learning rate {options['lr']:g}"]
     facts["training"] = ", ".join(recipe)
     facts["input"] = {name: options[name] for name in ("image_size", "crop") if options.get(name)}
     return {name: value for name, value in facts.items() if value}

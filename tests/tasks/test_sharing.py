@@ -180,7 +180,8 @@ def test_the_card_tells_the_licence_of_the_weights_that_the_backbone_began_with(
     model = detector()
     told = {"tag": "cvnets_in1k", "source": "hf-hub:timm/mobilevit_xxs.cvnets_in1k", "license": "cvnets-license"}
     model.inner_backbone.pretrained_cfg.update(told)
-    card = ModelCard.load(from_pretrained(model.save_pretrained(tmp_path / "a")).save_pretrained(tmp_path / "b"))
+    again = from_pretrained(model.save_pretrained(tmp_path / "a"))
+    card = ModelCard.load(again.save_pretrained(tmp_path / "b") / "README.md")
     assert (card.data.license, card.data.license_name) == ("other", "cvnets-license")
     assert card.data.base_model == "timm/mobilevit_xxs.cvnets_in1k"
     assert "built on `cvnets_in1k` from timm/mobilevit_xxs.cvnets_in1k (cvnets-license)" in card.text
@@ -330,7 +331,7 @@ def test_a_checkpoint_is_shared_by_one_command(capsys):
     assert told["metrics"].keys() == {"mIoU", "pixel_acc"}
     card = ModelCard.load("shared/mine/README.md")
     assert "| data | coloured shapes, drawn on the fly |" in card.text
-    assert "| training | 1 epochs, adamw, learning rate 0.001 |" in card.text
+    assert "| training | 1 epoch, adamw, learning rate 0.001 |" in card.text
     assert {result.metric_type: result.metric_value for result in card.data.eval_results} == told["metrics"]
 
 
