@@ -19,9 +19,9 @@ from backbones.errors import InputError
 
 from .classification_data import ClassificationData, evaluation_transform
 from .classifier import build_classifier, map_indices
+from .files import whole
 from .images import to_pixels
 from .pictures import save_confusion, save_labelled
-from .files import whole
 from .task import Normalise, Task
 
 Batch = tuple[Tensor, Tensor]

@@ -59,7 +59,7 @@ def told_once() -> Iterator[None]:
         yield
     except BackboneError:
         if _launched() and _number("LOCAL_RANK", "SLURM_LOCALID") > 0:
-            time.sleep(10)
+            time.sleep(30)
         raise
 
 
