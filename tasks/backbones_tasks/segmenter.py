@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torchvision.models.segmentation.fcn import FCNHead
 
 from backbones.errors import InputError
+from backbones.layers import crop_to, pad_to_multiple
 
 from .models import BackboneLike, HoldsBackbone, make_backbone, nearest, recorded
 from .smp import Levels, named, resize
@@ -119,20 +120,22 @@ class Segmenter(HoldsBackbone, nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Logits (B, num_classes, H, W) of images (B, C, H, W); training with an aux head, a pair of them."""
-        height, width = images.shape[-2:]
         padded = self._pad(images)
         pyramid = self.levels(padded, list(self.backbone(padded)))
-        logits = self.head(self.decoder(pyramid))
-        logits = resize(logits, padded.shape[-2:])[..., :height, :width]
+        logits = self._crop(self.head(self.decoder(pyramid)), padded, images)
         if self.aux_head is None or not self.training:
             return logits
-        aux = resize(self.aux_head(pyramid[4]), padded.shape[-2:])[..., :height, :width]
-        return logits, aux
+        return logits, self._crop(self.aux_head(pyramid[4]), padded, images)
 
     def _pad(self, images: torch.Tensor) -> torch.Tensor:
-        height, width = images.shape[-2:]
-        right, bottom = (max(-(-n // self.divisor) * self.divisor, self.min_size) - n for n in (width, height))
-        return F.pad(images, (0, right, 0, bottom)) if right or bottom else images
+        padded = pad_to_multiple(images, self.divisor)
+        right, bottom = (max(0, self.min_size - side) for side in (padded.shape[-1], padded.shape[-2]))
+        return F.pad(padded, (0, right, 0, bottom)) if right or bottom else padded
+
+    @staticmethod
+    def _crop(logits: torch.Tensor, padded: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        logits = resize(logits, padded.shape[-2:])
+        return logits if padded is images else crop_to(logits, *images.shape[-2:])
 
 
 def map_indices(strides: Mapping[int, int], architecture: str = "upernet", **options: Any) -> list[int]:
