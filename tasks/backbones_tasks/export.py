@@ -259,7 +259,7 @@ def _trace(deployable: Deployable, example: Tensor, fixed_size: bool) -> torch.e
     sides = (0,) if fixed_size else (0, 2, 3)
     dynamic = {"images": dict.fromkeys(sides, torch.export.Dim.DYNAMIC)}
     try:
-        with _MatrixPooling():
+        with _Portable():
             program = torch.export.export(deployable, (example,), dynamic_shapes=dynamic, strict=False)
     except Exception as error:  # of many kinds, torch's own and those of the model's code under symbolic sizes
         what = f"{deployable.name}{'' if fixed_size else ' for images of any size'}"
@@ -305,9 +305,8 @@ def _save_onnx(
             program, (), dynamo=True, input_names=["images"], output_names=names, verbose=False, **options
         )
     except Exception as error:
-        raise ExportError(
-            f"torch {torch.__version__} cannot turn the program into ONNX: {_first_line(error)}"
-        ) from error
+        told = _first_line(error.__cause__ or error)  # which operator it was, below a page of advice
+        raise ExportError(f"torch {torch.__version__} cannot turn the program into ONNX: {told}") from error
     model = onnx_program.model
     for value in (*model.graph.inputs, *model.graph.outputs, *(out for node in model.graph for out in node.outputs)):
         if value.shape is not None:
@@ -331,15 +330,18 @@ def _named(side: Any, symbols: Mapping[str, str]) -> Any:
     return None if text is None else re.sub(r"[A-Za-z_]\w*", lambda match: symbols.get(match[0], match[0]), str(text))
 
 
-class _MatrixPooling(TorchFunctionMode):
-    """Within, adaptive average pooling is two matrix products.
+class _Portable(TorchFunctionMode):
+    """Within, functions that do not get into ONNX are others that compute the same.
 
-    ONNX has no such operator, and torch's decomposition of it is right for no size but the example's.
+    Adaptive average pooling is two matrix products: ONNX has no such operator, and torch's decomposition of it is right
+    for no size but the example's. A remainder by a symbolic side is a quotient's: the translation takes numbers alone.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.adaptive_avg_pool2d:
             func = adaptive_avg_pool2d
+        elif func in (Tensor.__mod__, Tensor.remainder, torch.remainder) and isinstance(args[1], torch.SymInt):
+            return args[0] - args[0] // args[1] * args[1]
         return func(*args, **(kwargs or {}))
 
 

@@ -148,6 +148,12 @@ def test_adaptive_pooling_as_matrices_is_torchs(size, cells):
 
 
 @pytest.mark.slow
+def test_decoders_that_pad_export(tmp_path):
+    model = build_segmenter("smp/unet", backbone="tiny", num_classes=2, decoder_channels=(8,) * 5)
+    assert export_model(model, tmp_path / "model.onnx").differences
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["onnx", "torch-export"])
 @pytest.mark.parametrize("name", ["pvt_v2_b0", "vit_tiny_patch16", "convnext_tiny", "swin_tiny", "mobilevit_xxs"])
 def test_segmenters_of_all_kinds_export(name, format, tmp_path):
