@@ -1,6 +1,5 @@
 """Classification, end to end: training, resuming, measuring, predicting."""
 
-import csv
 import json
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from run_files import rows, weights
 
 from backbones.cli import main
 from backbones_tasks.classification import ClassificationTask
@@ -28,17 +28,6 @@ SMALL = [
 
 def fit(*options):
     return main(["fit", "classification", *SMALL, *map(str, options)])
-
-
-def rows(run):
-    with Path(run, "metrics.csv").open(newline="") as file:
-        return [
-            {k: v for k, v in row.items() if k not in ("seconds", "peak_memory_mb")} for row in csv.DictReader(file)
-        ]
-
-
-def weights(run):
-    return torch.load(Path(run, "checkpoints/last.ckpt"), weights_only=True)["state_dict"]
 
 
 def test_a_run_is_trained_measured_and_predicts(workplace, capsys):

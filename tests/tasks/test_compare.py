@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from run_files import same, weights
 
 from backbones.cli import bench, main
 from backbones_tasks import compare
@@ -67,14 +68,6 @@ def table(folder="c"):
 def metrics(run):
     with Path(run, "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def weights(run):
-    return torch.load(Path(run, "checkpoints/last.ckpt"), weights_only=True)["state_dict"]
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def break_off(patch, backbone, epoch):

@@ -1,6 +1,5 @@
 """Detection by the commands, end to end, and what the task itself does."""
 
-import csv
 import json
 import os
 from pathlib import Path
@@ -12,6 +11,7 @@ import yaml
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from run_files import rows, weights
 
 from backbones.cli import main
 from backbones_tasks import rle
@@ -44,15 +44,6 @@ def trained(tmp_path_factory):
 def fit(*options, detector="mask_rcnn", narrow=NARROW):
     model = [f"--model.detector={detector}", f"--model.detector_options={narrow}"]
     return main(["fit", "detection", *SMALL, *model, *map(str, options)])
-
-
-def rows(run, *without):
-    with (run / "metrics.csv").open(newline="") as file:
-        return [{k: v for k, v in row.items() if k not in without} for row in csv.DictReader(file)]
-
-
-def weights(run):
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
 def test_a_run_logs_the_parts_of_the_loss_and_the_precision_of_boxes_masks_and_classes(trained):
@@ -105,7 +96,7 @@ def test_a_run_that_broke_off_goes_on_exactly(trained, workplace, monkeypatch):
     torch.rand(3)  # a new process has another state
     assert main(["fit", "detection", "--ckpt_path", "last"]) == 0
     run = workplace / "runs" / "detection-001"
-    assert rows(run, "seconds", "peak_memory_mb") == rows(trained, "seconds", "peak_memory_mb")
+    assert rows(run) == rows(trained)
     expected = weights(trained)
     assert all(torch.equal(value, expected[name]) for name, value in weights(run).items())
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from run_files import same, weights
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -62,14 +63,6 @@ def rows(run, *without):
     with (Path(run) / "metrics.csv").open(newline="") as file:
         timing = ("seconds", "peak_memory_mb", *without)
         return [{k: float(v) for k, v in row.items() if k not in timing} for row in csv.DictReader(file)]
-
-
-def state(run, which="last"):
-    return files.read_checkpoint(Path(run) / "checkpoints" / f"{which}.ckpt")["state_dict"]
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # Run folders
@@ -384,7 +377,7 @@ def test_a_run_of_two_processes_goes_on_exactly_and_is_measured_by_one(strategy,
     assert len(rows("broken")) == 1
     backbones("fit", "segmentation", "--out=broken", "--ckpt_path=last")
     assert rows("whole") == rows("broken")
-    assert same(state("whole"), state("broken"))
+    assert same(weights("whole"), weights("broken"))
     assert files.is_sharded(Path("whole/checkpoints/last.ckpt")) == (strategy == "fsdp")
     assert main(["validate", "segmentation", "--ckpt_path=last", "--out=whole", *ONE]) == 0
     printed = dict(re.findall(r"^  (\S+) +(\S+)$", capsys.readouterr().out, re.MULTILINE))
@@ -420,7 +413,7 @@ def test_a_run_in_shards_goes_on_exactly_and_elsewhere(workplace, monkeypatch, c
             run("fit", "segmentation", *options, *shards, "--out=broken")
     run("fit", "segmentation", "--out=broken", "--ckpt_path=last")
     assert rows("whole") == rows("broken")
-    assert same(state("whole"), state("broken"))
+    assert same(weights("whole"), weights("broken"))
     assert files.is_sharded(Path("whole/checkpoints/last.ckpt"))
     # without shards, the same training
     run("fit", "segmentation", *options, *ONE, "--out=plain")
@@ -431,7 +424,7 @@ def test_a_run_in_shards_goes_on_exactly_and_elsewhere(workplace, monkeypatch, c
     run("validate", "segmentation", "--ckpt_path=last", "--out=whole", *ONE)
     printed = dict(re.findall(r"^  (\S+) +(\S+)$", capsys.readouterr().out, re.MULTILINE))
     assert float(printed["val_loss"]) == pytest.approx(rows("whole")[-1]["val_loss"], abs=1e-4)
-    assert same(load_task(Path("whole/checkpoints/last.ckpt"), "segmentation").state_dict(), state("whole"))
+    assert same(load_task(Path("whole/checkpoints/last.ckpt"), "segmentation").state_dict(), weights("whole"))
     # a training without shards goes on with them, and the other way round
     run("fit", "segmentation", "--ckpt_path=last", "--out=whole", *ONE, "--trainer.max_epochs=3")
     assert not files.is_sharded(Path("whole/checkpoints/last.ckpt"))

@@ -1,11 +1,11 @@
 """The recipe: who learns how fast, what is frozen when, precision, accumulation."""
 
-import csv
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from run_files import rows, same, weights
 
 from backbones import backbone_info
 from backbones.cli import main
@@ -30,21 +30,6 @@ DEPTHS = {"vit_tiny_patch16": (12,), "swin_tiny": (2, 2, 6, 2), "convnext_tiny":
 
 def fit(*options):
     return main(["fit", "segmentation", *SMALL, *map(str, options)])
-
-
-def rows(run):
-    with Path(run, "metrics.csv").open(newline="") as file:
-        return [
-            {k: v for k, v in row.items() if k not in ("seconds", "peak_memory_mb")} for row in csv.DictReader(file)
-        ]
-
-
-def weights(run):
-    return torch.load(Path(run, "checkpoints/last.ckpt"), weights_only=True)["state_dict"]
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture
