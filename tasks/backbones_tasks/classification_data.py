@@ -1,9 +1,7 @@
 """Images in a folder per class, or single shapes drawn on the fly, for training classifiers."""
 
-import os
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -13,12 +11,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 from .data import PAD_COLOUR, ShapesOptions
 from .faults import Faults, count, tell
 from .folders import DataError
-from .images import IMAGE_SUFFIXES, UNREADABLE, read_image
+from .images import IMAGE_SUFFIXES, UNREADABLE, each_in_threads, read_image
 from .loading import DataModule, jitter, seeded
 from .shapes import SHAPES, draw_scene
 
@@ -274,9 +271,7 @@ def find_items(folder: Path, classes: list[str], faults: Faults) -> list[Item]:
 
 def check_items(items: list[Item], faults: Faults) -> list[Item]:
     """Read every image once; returns those that can be read."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        checks = pool.map(_problem, items)
-        problems = list(tqdm(checks, "checking images", len(items), delay=3, leave=False))
+    problems = each_in_threads(_problem, items, "checking images")
     for (file, _), problem in zip(items, problems, strict=True):
         if problem is not None:
             faults.add("image that cannot be read", f"{faults.name(file)}, {problem}")

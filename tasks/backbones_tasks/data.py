@@ -1,7 +1,5 @@
 """Images and masks for training: from folders, or drawn on the fly."""
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,10 +8,9 @@ import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 from .folders import Classes, Pair, check_pairs, read_classes
-from .images import read_image, read_mask
+from .images import each_in_threads, read_image, read_mask
 from .layouts import find_layout, find_pairs
 from .loading import DataModule, jitter, seeded
 from .shapes import CLASSES as SHAPE_CLASSES
@@ -185,9 +182,8 @@ class SegmentationData(DataModule):
         def count(index: int) -> np.ndarray:
             return np.bincount(dataset.mask(index).ravel(), minlength=self.num_classes)[: self.num_classes]
 
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            counts = tqdm(pool.map(count, range(len(dataset))), "counting pixels", len(dataset), delay=3, leave=False)
-            return torch.from_numpy(sum(counts, np.zeros(self.num_classes, dtype=np.int64)))
+        counts = each_in_threads(count, range(len(dataset)), "counting pixels")
+        return torch.from_numpy(sum(counts, np.zeros(self.num_classes, dtype=np.int64)))
 
     def load(self, splits: list[str]) -> dict[str, Dataset]:
         """Find, pair and check the files of the splits; `DataError` names the faulty ones."""

@@ -1,18 +1,15 @@
 """Folders of images and masks: find the pairs, learn the classes, and check all of it before training starts."""
 
 import json
-import os
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from backbones.errors import InputError
 
-from .images import IMAGE_SUFFIXES, UNREADABLE, read_image, read_mask
+from .images import IMAGE_SUFFIXES, UNREADABLE, each_in_threads, read_image, read_mask
 
 IMAGE_FOLDERS = ("images", "JPEGImages", "leftImg8bit")  # ours and ADE20K's, Pascal VOC's, Cityscapes'
 MASK_FOLDERS = ("labels", "masks")
@@ -101,9 +98,7 @@ def read_classes(
 
 def check_pairs(pairs: list[Pair], problems: list[str], classes: Classes, root: Path) -> list[Pair]:
     """Read every file once, and raise one `DataError` that names what is wrong with which; fills in the sizes."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        checks = pool.map(lambda pair: _check(pair, classes, root), pairs)
-        checked = list(tqdm(checks, "checking files", len(pairs), delay=3, leave=False))
+    checked = each_in_threads(lambda pair: _check(pair, classes, root), pairs, "checking files")
     problems = problems + [problem for _, found in checked for problem in found]
     if problems:
         shown = "".join(f"\n  {problem}" for problem in problems[:10])

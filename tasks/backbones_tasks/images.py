@@ -1,15 +1,22 @@
 """Read pictures of any kind as RGB, and masks of any kind as class values."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from tqdm import tqdm
 
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 UNREADABLE = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class UnreadableImage(OSError):
@@ -69,3 +76,9 @@ def read_mask(path: str | Path) -> np.ndarray:
 def to_pixels(image: Tensor) -> np.ndarray:
     """An image (3, H, W) in [0, 1] as (H, W, 3) uint8."""
     return (image * 255).byte().permute(1, 2, 0).numpy()
+
+
+def each_in_threads(function: Callable[[T], R], items: Sequence[T], what: str) -> list[R]:
+    """What a function that reads files returns for each item; a terminal shows how far it is, called `what`."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(tqdm(pool.map(function, items), what, len(items), delay=3, leave=False, disable=None))

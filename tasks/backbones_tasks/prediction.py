@@ -33,7 +33,7 @@ def predict(argv: Sequence[str]) -> int:
     task = load_task(args.ckpt, kind.name, args.device)
     args.out.mkdir(parents=True, exist_ok=True)
     unreadable, folders, results = {}, {}, {}
-    for source, name in tqdm(sources, desc="predict", unit="image", disable=not sys.stderr.isatty()):
+    for source, name in tqdm(sources, desc="predict", unit="image", disable=None):
 
         def place(folder: str, suffix: str, name: str = name) -> Path:
             path = args.out / folder / f"{name}{suffix}"

@@ -2,9 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from os import cpu_count
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torchvision import tv_tensors
-from tqdm import tqdm
 
 from . import rle
 from .faults import Faults
-from .images import UNREADABLE, read_image
+from .images import UNREADABLE, each_in_threads, read_image
 
 TOLERANCE = 1.0  # pixels by which a box may lie beyond its image: annotators and 1-based coordinates do that
 
@@ -160,8 +157,7 @@ def box_fault(box: Any, height: int, width: int) -> str | None:
 
 def check_images(samples: list[Sample], faults: Faults) -> list[Sample]:
     """Read every image once; returns the samples whose image can be read and has the size that is listed."""
-    with ThreadPoolExecutor(min(8, cpu_count() or 1)) as pool:
-        found = list(tqdm(pool.map(_image_fault, samples), "checking images", len(samples), delay=3, leave=False))
+    found = each_in_threads(_image_fault, samples, "checking images")
     for sample, fault in zip(samples, found, strict=True):
         if fault is not None:
             kind, detail = fault

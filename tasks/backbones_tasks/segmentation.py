@@ -1,7 +1,6 @@
 """Segmentation: loss, scores, pictures and prediction of segmenters."""
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -187,7 +186,7 @@ class SegmentationTask(Task):
                 raise
             raise UnreadableImage(str(error)) from error  # other images may well be read
         colours = palette(len(self.class_names))
-        bar = tqdm(total=0, desc=file.name, unit="row", leave=False, disable=not sys.stderr.isatty())
+        bar = tqdm(total=0, desc=file.name, unit="row", leave=False, disable=None)
         with raster, bar:
             bar.reset(total=raster.height)
 
