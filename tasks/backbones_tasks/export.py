@@ -1,6 +1,7 @@
 """`backbones export SOURCE`: a model as one file, for onnxruntime or torch.export, checked against PyTorch."""
 
 import argparse
+import contextlib
 import copy
 import json
 import logging
@@ -269,7 +270,8 @@ def _trace(deployable: Deployable, example: Tensor, fixed_size: bool) -> torch.e
         raise ExportError(
             f"torch {torch.__version__} cannot export the model on {what}: {_first_line(error)}{remedy}"
         ) from error
-    program.example_inputs = None  # they would be saved, and be larger than many a model
+    with contextlib.suppress(ValueError):  # torch 2.6 insists on them
+        program.example_inputs = None  # they would be saved, and be larger than many a model
     return program
 
 

@@ -16,8 +16,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from backbones.errors import InputError
+
 from .files import save_shards
 
+ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # torch 2.6 cannot yet
 LEAST = 1_000_000  # parameters of a block that is gathered on its own; smaller ones are with what is around them
 
 
@@ -38,6 +41,8 @@ class FullySharded(ModelParallelStrategy):
         super().setup_environment()
 
     def setup(self, trainer: Trainer) -> None:
+        if self.root_device.type == "cpu" and not ON_CPU:
+            raise InputError(f"torch {torch.__version__} keeps shards on GPUs alone: update it, or leave out fsdp")
         self.accelerator.setup(trainer)
         self._gathered = False
         fitting = trainer.state.fn == TrainerFn.FITTING  # what is only measured is not worth sharding

@@ -240,7 +240,7 @@ def test_a_killed_comparison_leaves_no_process_behind_and_goes_on(workplace):
     names = ["--backbones", "mobilevit_xxs", "mobilevitv2_050"]
     small = [*SMALL, "--data.shapes.train=200", "--trainer.max_epochs=3"]
     first = subprocess.Popen([*command, *names, *small], env=environment)
-    while not Path("c/mobilevitv2_050/metrics.csv").exists():
+    while not Path("c/mobilevitv2_050/checkpoints/last.ckpt").exists():
         assert first.poll() is None
         time.sleep(0.1)
     children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+import statistics
 
 import pytest
 import torch
@@ -484,7 +485,7 @@ def test_a_loop_written_for_torchvision_runs_unchanged_and_learns(architecture):
     history = train_one_epoch(model, optimizer, data_loader, device)
     history += train_one_epoch(model, optimizer, data_loader, device)
     results = evaluate(model, data_loader[:2], device)
-    assert sum(history[-4:]) < 0.9 * sum(history[:4])
+    assert statistics.median(history[-4:]) < 0.9 * statistics.median(history[:4])
     assert sorted(results) == [0, 1, 2, 3]
 
 

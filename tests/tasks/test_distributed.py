@@ -45,6 +45,8 @@ def started_by_nobody(monkeypatch):
 @pytest.fixture
 def mesh(tmp_path):
     """A mesh of this process alone."""
+    if not sharding.ON_CPU:
+        pytest.skip(f"torch {torch.__version__} keeps shards on GPUs alone")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
@@ -62,7 +64,7 @@ def backbones(*arguments, check=True, launcher=()):
 def rows(run, *without):
     with (Path(run) / "metrics.csv").open(newline="") as file:
         timing = ("seconds", "peak_memory_mb", *without)
-        return [{k: float(v) for k, v in row.items() if k not in timing} for row in csv.DictReader(file)]
+        return [{k: float(v or "nan") for k, v in row.items() if k not in timing} for row in csv.DictReader(file)]
 
 
 # Run folders
@@ -230,6 +232,7 @@ def test_a_backbone_in_shards_has_the_gradients_of_a_whole_one(name, mesh, monke
     assert len(sharding._blocks(whole.backbone)[0]) > 2
     images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
     for m in (whole, model):
+        torch.manual_seed(0)  # of dropout, in MaxViT's MLP of relative positions
         m(images).square().mean().backward()
     for (key, p), q in zip(whole.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(q.grad.full_tensor(), p.grad, msg=lambda text, key=key: f"{key}: {text}")
