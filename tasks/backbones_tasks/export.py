@@ -167,7 +167,7 @@ def export_model(
         with TemporaryDirectory(prefix=".export-", dir=file.parent) as folder:
             unfinished = Path(folder) / file.name
             if format == "onnx":
-                _save_onnx(program, unfinished, names, metadata, opset)
+                _save_onnx(program, unfinished, names, metadata, opset, "" if fixed_size else f"; {_FIX_SIZE}")
             else:
                 torch.export.save(program, unfinished, extra_files={"metadata.json": json.dumps(metadata)})
             seconds = time.perf_counter() - began
@@ -298,6 +298,7 @@ def _save_onnx(
     names: list[str],
     metadata: Mapping[str, Any],
     opset: int | None,
+    remedy: str,
 ) -> None:
     symbols = _names_of_sides(program)
     options = {} if opset is None else {"opset_version": opset}
@@ -308,7 +309,7 @@ def _save_onnx(
         )
     except Exception as error:
         told = _first_line(error.__cause__ or error)  # which operator it was, below a page of advice
-        raise ExportError(f"torch {torch.__version__} cannot turn the program into ONNX: {told}") from error
+        raise ExportError(f"torch {torch.__version__} cannot turn the program into ONNX: {told}{remedy}") from error
     model = onnx_program.model
     for value in (*model.graph.inputs, *model.graph.outputs, *(out for node in model.graph for out in node.outputs)):
         if value.shape is not None:
