@@ -6,7 +6,8 @@ import re
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
+from functools import cached_property, lru_cache
+from importlib.metadata import Distribution, EntryPoint, entry_points
 from typing import Any
 
 import pluggy
@@ -42,7 +43,7 @@ class Plugin:
     def __str__(self) -> str:
         return f"plugin {self.namespace!r} ({self.distribution} {self.version})".replace(" ( )", "")
 
-    @property
+    @cached_property
     def first_party(self) -> bool:
         return normalized(self.distribution) == FIRST_PARTY
 
@@ -178,8 +179,14 @@ def _load(plugin: Plugin, entry_point: EntryPoint) -> None:
 
 def owner(entry_point: EntryPoint) -> tuple[str, str]:
     """Name and version of the distribution; `unknown` where an interrupted uninstall has left half of it."""
+    return _name_and_version(entry_point.dist)
+
+
+@lru_cache
+def _name_and_version(distribution: Distribution) -> tuple[str, str]:
+    """Kept, because one distribution has many plugins, and `.metadata` is parsed anew whenever it is asked for."""
     try:
-        metadata = entry_point.dist.metadata  # parsed anew whenever it is asked for
+        metadata = distribution.metadata
         return metadata["Name"] or "unknown", metadata["Version"] or "unknown"
     except Exception:  # what is raised for missing metadata differs between versions of Python
         return "unknown", "unknown"

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from resource import RUSAGE_CHILDREN, getrusage
 
 import pytest
 
@@ -15,16 +16,23 @@ HEAVY = ("torch", "torchvision", "timm", "numpy", "pytorch_lightning", "segmenta
 LIGHT_COMMANDS = (["list"], ["list", "--json"], ["info", "pvt_v2_b0"], ["plugins"], ["plugins", "--errors"], ["--help"])
 
 
-def cpu_seconds(*command):
-    """CPU time of a process, the least of five runs: what the clock would say on an idle machine."""
+@pytest.fixture
+def cpu_seconds(tmp_path):
+    """Of bare Python and of Python that runs a script: the least of five starts each, compiled files at hand."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(tmp_path)
 
-    def once():
-        before = os.times()
-        subprocess.run([sys.executable, *command], check=True, capture_output=True)
-        after = os.times()
-        return after.children_user + after.children_system - before.children_user - before.children_system
+    def once(*command):
+        before = getrusage(RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-c", *command], check=True, capture_output=True, env=environment)
+        after = getrusage(RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    return min(once() for _ in range(5))
+    def both(*command):
+        runs = [(once("pass"), once(*command)) for _ in range(5)]
+        return map(min, zip(*runs, strict=True))
+
+    return both
 
 
 @pytest.mark.parametrize("command", LIGHT_COMMANDS, ids=" ".join)
@@ -44,12 +52,15 @@ finally:
 
 
 @pytest.mark.parametrize("command", LIGHT_COMMANDS, ids=" ".join)
-def test_looking_things_up_takes_under_a_fifth_of_a_second(command):
-    assert cpu_seconds("-c", "import sys; from backbones.cli import main; sys.exit(main())", *command) < 0.2
+def test_looking_things_up_takes_under_a_fifth_of_a_second(command, cpu_seconds):
+    """On a machine where Python itself starts in up to 25 ms; one that shares its cores is given time in proportion."""
+    bare, ours = cpu_seconds("import sys; from backbones.cli import main; sys.exit(main())", *command)
+    assert ours < 0.2 * max(1, bare / 0.025)
 
 
-def test_importing_backbones_adds_under_a_tenth_of_a_second():
-    assert cpu_seconds("-c", "import backbones") - cpu_seconds("-c", "pass") < 0.1
+def test_importing_backbones_adds_under_a_tenth_of_a_second(cpu_seconds):
+    bare, ours = cpu_seconds("import backbones")
+    assert ours - bare < 0.1
 
 
 def test_list_shows_every_backbone(run_cli):
