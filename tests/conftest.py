@@ -1,9 +1,12 @@
 """Helpers shared by all tests."""
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +22,29 @@ def shared_data():
     if not folder.is_dir():
         pytest.skip(f"needs the images in {folder}, which are not part of the project")
     return folder
+
+
+@pytest.fixture
+def fake_hub(tmp_path, monkeypatch):
+    """What is pushed to the hub is kept in a folder per repository below `root`; `made` has (repository, private)."""
+    root, made = tmp_path / "hub", []
+
+    def create_repo(api, repo_id, private, exist_ok):
+        assert exist_ok
+        repo_id = repo_id if "/" in repo_id else f"somebody/{repo_id}"
+        made.append((repo_id, private))
+        return SimpleNamespace(repo_id=repo_id)
+
+    def file_exists(api, repo_id, filename, revision):
+        return (root / repo_id / filename).exists()
+
+    def upload_folder(api, repo_id, folder_path, **options):
+        shutil.copytree(folder_path, root / repo_id, dirs_exist_ok=True)
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}", **options)
+
+    for function in (create_repo, file_exists, upload_folder):
+        monkeypatch.setattr(HfApi, function.__name__, function)
+    return SimpleNamespace(root=root, made=made)
 
 
 @pytest.fixture(scope="session")

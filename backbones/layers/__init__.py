@@ -1,6 +1,6 @@
 """The toolkit for plugin authors: what more than one architecture needs."""
 
-from .activation import activate, gelu
+from .activation import activate, gelu, may_overwrite
 from .attention import Attention, SpatialReductionAttention, attend
 from .blocks import Blocks, residual, run_blocks
 from .cache import TableCache
@@ -40,6 +40,7 @@ __all__ = [
     "init_linear",
     "layer_norm_2d",
     "linear",
+    "may_overwrite",
     "norm_affine",
     "pad_same",
     "pad_to_multiple",

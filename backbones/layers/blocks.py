@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .activation import may_overwrite
+
 
 def run_blocks(blocks: Iterable[nn.Module], x: Tensor, checkpointing: bool = False) -> Tensor:
     """Blocks in turn; with `checkpointing`, each one's activations are recomputed in the backward pass."""
@@ -31,7 +33,6 @@ def residual(x: Tensor, update: Tensor, scale: Tensor | None = None) -> Tensor:
         update: (..., C).
         scale: (C,), a layer scale; None for 1.
     """
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, update, scale) if t is not None)
-    if torch.compiler.is_compiling() or needs_grad or update.dtype != x.dtype:
-        return x + update if scale is None else torch.addcmul(x, update, scale)
-    return update.add_(x) if scale is None else torch.addcmul(x, update, scale, out=update)
+    if update.dtype == x.dtype and may_overwrite(x, update, scale):
+        return update.add_(x) if scale is None else torch.addcmul(x, update, scale, out=update)
+    return x + update if scale is None else torch.addcmul(x, update, scale)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, make_divisible
 from torch import Tensor, nn
 
-from backbones.layers import ConvNorm, activate, conv2d, linear, residual
+from backbones.layers import ConvNorm, activate, conv2d, linear, may_overwrite, residual
 
 from .common import MobileTrunk, even, from_patches, resize, to_patches
 
@@ -126,6 +126,4 @@ def _places(height: int, width: int, like: Tensor) -> Tensor:
 
 def _gate(x: Tensor, by: Tensor) -> Tensor:
     """`x * by`; overwrites `x` where autograd does not need it."""
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (x.requires_grad or by.requires_grad)):
-        return x * by
-    return x.mul_(by)
+    return x.mul_(by) if may_overwrite(x, by) else x * by

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
@@ -16,7 +15,7 @@ from .data import PAD_COLOUR, ShapesOptions
 from .faults import Faults, count, tell
 from .folders import DataError
 from .images import IMAGE_SUFFIXES, UNREADABLE, each_in_threads, read_image
-from .loading import DataModule, jitter, seeded
+from .loading import DataModule, held_out, jitter, seeded
 from .shapes import SHAPES, draw_scene
 
 SPLITS = ("train", "val", "test")
@@ -285,10 +284,9 @@ def hold_out(items: list[Item], fraction: float, seed: int) -> dict[str, list[It
         by_class.setdefault(item[1], []).append(item)
     parts: dict[str, list[Item]] = {"train": [], "val": []}
     for label, same in by_class.items():
-        number = min(max(1, round(fraction * len(same))), len(same) - 1)
-        order = np.random.default_rng((seed, label)).permutation(len(same))
-        parts["val"] += [same[i] for i in sorted(order[:number])]
-        parts["train"] += [same[i] for i in sorted(order[number:])]
+        train, val = held_out(len(same), fraction, seed, label)
+        parts["train"] += [same[i] for i in train]
+        parts["val"] += [same[i] for i in val]
     return parts
 
 

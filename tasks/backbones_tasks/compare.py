@@ -29,7 +29,7 @@ from .callbacks import quiet, read_metrics
 from .files import is_checkpoint, whole
 from .pictures import save_tradeoff
 from .prediction import load_task
-from .runs import is_run, next_folder, read_checkpoint
+from .runs import HANDED_DOWN, is_run, next_folder, read_checkpoint
 from .task import Task, find_task
 from .training import CommandLine, as_trained, own_options, write_config
 
@@ -419,7 +419,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def _in_process(argv: list[str], log: Path) -> str:
     """Run `backbones ARGV` in a process of its own, and keep what it prints; returns why it failed, or ""."""
-    environment = {key: value for key, value in os.environ.items() if key != "BACKBONES_RUN"}
+    environment = {key: value for key, value in os.environ.items() if key != HANDED_DOWN}
     environment |= {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}  # nothing in this folder is mistaken for a module
     printed: deque[str] = deque(maxlen=100)
     with (

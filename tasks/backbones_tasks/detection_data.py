@@ -18,7 +18,7 @@ from .data import PAD_COLOUR, ShapesOptions
 from .faults import Faults, count, tell
 from .folders import DataError
 from .images import UNREADABLE, read_image
-from .loading import AspectRatioBatches, DataModule, EpochSampler, jitter, seeded
+from .loading import AspectRatioBatches, DataModule, EpochSampler, held_out, jitter, seeded
 from .samples import Sample, check_images, ground_truth
 from .shapes import CLASSES as SHAPE_CLASSES
 from .shapes import Scene, draw_scene
@@ -259,12 +259,10 @@ class DetectionData(DataModule):
     def _hold_out(self, dataset: DetectionDataset) -> dict[str, DetectionDataset]:
         if len(dataset) < 2:
             raise DataError(f"{self.root}: has no validation split, and too few images to hold some out")
-        order = np.random.default_rng(self.split_seed).permutation(len(dataset))
-        count = min(max(1, round(self.val_fraction * len(dataset))), len(dataset) - 1)
-        chosen = {"val": order[:count], "train": order[count:]}
+        train, val = held_out(len(dataset), self.val_fraction, self.split_seed)
         return {
-            split: DetectionDataset([dataset.samples[i] for i in sorted(indices)], dataset.categories, seed=self.seed)
-            for split, indices in chosen.items()
+            split: DetectionDataset([dataset.samples[i] for i in indices], dataset.categories, seed=self.seed)
+            for split, indices in (("train", train), ("val", val))
         }
 
 

@@ -45,7 +45,9 @@ EXAMPLE = (299, 427)
 TOLERANCE = 1e-4
 
 
-_FIX_SIZE = "--fixed-size and --size H W export it for one size"
+def _or_fix_size(fixed_size: bool, when: str = "") -> str:
+    """The end of an error: what to do where the model was to be exported for images of any size."""
+    return "" if fixed_size else f"; {when}--fixed-size and --size H W export it for one size"
 
 
 class ExportError(BackboneError):
@@ -167,7 +169,7 @@ def export_model(
         with TemporaryDirectory(prefix=".export-", dir=file.parent) as folder:
             unfinished = Path(folder) / file.name
             if format == "onnx":
-                _save_onnx(program, unfinished, names, metadata, opset, "" if fixed_size else f"; {_FIX_SIZE}")
+                _save_onnx(program, unfinished, names, metadata, opset, _or_fix_size(fixed_size))
             else:
                 torch.export.save(program, unfinished, extra_files={"metadata.json": json.dumps(metadata)})
             seconds = time.perf_counter() - began
@@ -175,7 +177,7 @@ def export_model(
             try:
                 differences = [_compare(deployable, run, shape, tolerance) for shape in shapes]
             except ExportError as error:
-                remedy = "" if fixed_size else f"; if the model does something else for some sizes, {_FIX_SIZE}"
+                remedy = _or_fix_size(fixed_size, "if the model does something else for some sizes, ")
                 raise ExportError(f"{file.name} was not written: {error}{remedy}") from error
             for each in Path(folder).iterdir():  # the weights of a large ONNX file lie beside it
                 os.replace(each, file.with_name(each.name))
@@ -264,7 +266,7 @@ def _trace(deployable: Deployable, example: Tensor, fixed_size: bool) -> torch.e
             program = torch.export.export(deployable, (example,), dynamic_shapes=dynamic, strict=False)
     except Exception as error:  # of many kinds, torch's own and those of the model's code under symbolic sizes
         what = f"{deployable.name}{'' if fixed_size else ' for images of any size'}"
-        remedy = "" if fixed_size else f"; {_FIX_SIZE}"
+        remedy = _or_fix_size(fixed_size)
         if is_exporting is torch.compiler.is_compiling:  # torch 2.6
             remedy = f"; it cannot where images are padded, and torch 2.7 can{remedy}"
         raise ExportError(

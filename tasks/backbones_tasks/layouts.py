@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
-
 from .folders import MASK_FOLDERS, Classes, DataError, Pair, by_name, pair_up
+from .loading import held_out
 
 ADE20K_CLASSES = """
     wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, door,
@@ -227,10 +226,8 @@ def find_pairs(layout: Layout, split: str, val_fraction: float, split_seed: int)
     pairs, problems = layout.pairs("train")
     if not pairs:
         return pairs, problems
-    order = np.random.default_rng(split_seed).permutation(len(pairs))
-    count = min(max(1, round(val_fraction * len(pairs))), len(pairs) - 1)
-    chosen = order[:count] if split == "val" else order[count:]
-    return [pairs[i] for i in sorted(chosen)], problems
+    train, val = held_out(len(pairs), val_fraction, split_seed)
+    return [pairs[i] for i in (val if split == "val" else train)], problems
 
 
 def _names(text: str) -> list[str]:

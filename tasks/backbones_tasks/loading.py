@@ -20,6 +20,13 @@ def mix(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
+def held_out(number: int, fraction: float, *seed: int) -> tuple[list[int], list[int]]:
+    """Which of `number` items are for training and which, a `fraction` but never none or all, for validation."""
+    order = np.random.default_rng(seed).permutation(number)
+    count = min(max(1, round(fraction * number)), number - 1)
+    return sorted(order[count:]), sorted(order[:count])
+
+
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
     """Transforms draw from torch's global generator: within, from a seed of their own, and it is left as it was."""

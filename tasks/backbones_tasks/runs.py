@@ -15,7 +15,7 @@ from backbones.errors import BackboneError, InputError, WeightsError
 from . import files
 
 RUNS = Path("runs")
-_HANDED_DOWN = "BACKBONES_RUN"  # tells the processes that Lightning starts for further GPUs which folder it is
+HANDED_DOWN = "BACKBONES_RUN"  # tells the processes that Lightning starts for further GPUs which folder it is
 
 
 def is_run(folder: Path) -> bool:
@@ -31,8 +31,8 @@ def new_run(task: str, out: str | None, nodes: int = 1) -> Path:
     Raises:
         InputError: `out` holds a run already, or is not given where a launcher starts the processes
     """
-    if _HANDED_DOWN in os.environ and _number("LOCAL_RANK") > 0 and not _launched():
-        return Path(os.environ[_HANDED_DOWN])
+    if HANDED_DOWN in os.environ and _number("LOCAL_RANK") > 0 and not _launched():
+        return Path(os.environ[HANDED_DOWN])
     if out is None:
         if nodes > 1 or _launched():
             raise InputError("processes started by a launcher must be told one run folder: add --out DIR")
@@ -44,7 +44,7 @@ def new_run(task: str, out: str | None, nodes: int = 1) -> Path:
                 f"{folder} already holds a run; add --ckpt_path last to go on with it, or choose another --out"
             )
         folder.mkdir(parents=True, exist_ok=True)
-    os.environ[_HANDED_DOWN] = str(folder.resolve())
+    os.environ[HANDED_DOWN] = str(folder.resolve())
     return folder
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import ModelCard
 from torch import nn
 
 import backbones
@@ -303,39 +303,12 @@ def test_a_pickle_is_never_read(saved):
 # The hub
 
 
-class Hub:
-    """Records what is sent, and keeps it in a folder per repository."""
-
-    def __init__(self, root, monkeypatch):
-        self.root, self.made = root, []
-        for name in ("create_repo", "file_exists", "upload_folder"):
-            monkeypatch.setattr(HfApi, name, self.without_api(getattr(self, name)))
-
-    @staticmethod
-    def without_api(function):
-        return lambda api, *args, **options: function(*args, **options)
-
-    def create_repo(self, repo_id, private, exist_ok):
-        assert exist_ok
-        repo_id = repo_id if "/" in repo_id else f"somebody/{repo_id}"
-        self.made.append((repo_id, private))
-        return SimpleNamespace(repo_id=repo_id)
-
-    def file_exists(self, repo_id, filename, revision):
-        return (self.root / repo_id / filename).exists()
-
-    def upload_folder(self, repo_id, folder_path, **options):
-        shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
-        return SimpleNamespace(commit_url=f"https://hub/{repo_id}", **options)
-
-
-def test_push_sends_the_folder_and_keeps_a_card_that_is_there(saved, tmp_path, monkeypatch):
+def test_push_sends_the_folder_and_keeps_a_card_that_is_there(saved, fake_hub):
     model, folder = saved
-    hub = Hub(tmp_path / "hub", monkeypatch)
     commit = model.push_to_hub("mine", private=True, commit_message="First", create_pr=True)
-    assert hub.made == [("somebody/mine", True)]
+    assert fake_hub.made == [("somebody/mine", True)]
     assert (commit.commit_url, commit.commit_message, commit.create_pr) == ("https://hub/somebody/mine", "First", True)
-    there = tmp_path / "hub" / "somebody" / "mine"
+    there = fake_hub.root / "somebody" / "mine"
     for name in ("config.json", "model.safetensors"):
         assert (there / name).read_bytes() == (folder / name).read_bytes()
     assert "from_pretrained('somebody/mine')" in (there / "README.md").read_text()
@@ -346,11 +319,10 @@ def test_push_sends_the_folder_and_keeps_a_card_that_is_there(saved, tmp_path, m
     assert (there / "README.md").read_text() == "# Edited on the hub"
 
 
-def test_what_cannot_be_saved_makes_no_repository(tmp_path, monkeypatch):
-    hub = Hub(tmp_path, monkeypatch)
+def test_what_cannot_be_saved_makes_no_repository(fake_hub):
     with pytest.raises(InputError, match="not built by name"):
         Custom().push_to_hub("mine")
-    assert hub.made == []
+    assert fake_hub.made == []
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from run_files import same, weights
 
 from backbones.cli import bench, main
 from backbones_tasks import compare
+from backbones_tasks.callbacks import read_metrics
 from backbones_tasks.pictures import _unbeaten, save_tradeoff
 from backbones_tasks.segmentation import SegmentationTask
 
@@ -66,8 +67,7 @@ def table(folder="c"):
 
 
 def metrics(run):
-    with Path(run, "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read_metrics(Path(run, "metrics.csv"))
 
 
 def break_off(patch, backbone, epoch):

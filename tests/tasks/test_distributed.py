@@ -1,7 +1,6 @@
 """Several processes: one run folder, the metrics of one process, sharded training and its checkpoints, launchers."""
 
 import copy
-import csv
 import os
 import re
 import subprocess
@@ -10,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import run_files
 import torch
 import torch.distributed as dist
 from run_files import same, weights
@@ -54,17 +54,15 @@ def mesh(tmp_path):
 
 def backbones(*arguments, check=True, launcher=()):
     """Run a command in a process of its own, which starts others; with a launcher, all are started by that."""
-    environment = {k: v for k, v in os.environ.items() if k != runs._HANDED_DOWN} | {"OMP_NUM_THREADS": "1"}
+    environment = {k: v for k, v in os.environ.items() if k != runs.HANDED_DOWN} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", *launcher, "backbones", *map(str, arguments)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert not check or result.returncode == 0, result.stdout + result.stderr
     return result
 
 
-def rows(run, *without):
-    with (Path(run) / "metrics.csv").open(newline="") as file:
-        timing = ("seconds", "peak_memory_mb", *without)
-        return [{k: float(v or "nan") for k, v in row.items() if k not in timing} for row in csv.DictReader(file)]
+def rows(run):
+    return [{name: float(value or "nan") for name, value in row.items()} for row in run_files.rows(run)]
 
 
 # Run folders
@@ -395,7 +393,7 @@ def test_a_run_in_shards_goes_on_exactly_and_elsewhere(workplace, monkeypatch, c
     monkeypatch.setattr(sharding, "LEAST", 100_000)
 
     def run(*arguments):
-        monkeypatch.delenv(runs._HANDED_DOWN, raising=False)
+        monkeypatch.delenv(runs.HANDED_DOWN, raising=False)
         try:
             assert main([*arguments]) == 0
         finally:

@@ -3,12 +3,11 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import ModelCard
 from torch import nn
 
 import backbones
@@ -239,8 +238,7 @@ class Named(nn.Module):
         return self.backbone(images)
 
 
-def test_what_cannot_be_built_again_is_refused_and_uploads_nothing(tmp_path, monkeypatch):
-    hub = Hub(tmp_path / "hub", monkeypatch)
+def test_what_cannot_be_built_again_is_refused_and_uploads_nothing(tmp_path, fake_hub):
     foreign = segmenter(Named(build_backbone("mobilevit_xxs")))
     with pytest.raises(InputError, match=r"a Named that was not built by name .* build_backbone"):
         foreign.push_to_hub("mine")
@@ -251,44 +249,19 @@ def test_what_cannot_be_built_again_is_refused_and_uploads_nothing(tmp_path, mon
     unknown.metadata["palette"] = torch.zeros(3)
     with pytest.raises(InputError, match="metadata of the model cannot be saved"):
         unknown.save_pretrained(tmp_path / "folder")
-    assert hub.made == []
+    assert fake_hub.made == []
     assert not (tmp_path / "folder").exists()
 
 
 # The hub
 
 
-class Hub:
-    """Records what is sent, and keeps it in a folder per repository."""
-
-    def __init__(self, root, monkeypatch):
-        self.root, self.made = root, []
-        for name in ("create_repo", "file_exists", "upload_folder"):
-            monkeypatch.setattr(HfApi, name, self.without_api(getattr(self, name)))
-
-    @staticmethod
-    def without_api(function):
-        return lambda api, *args, **options: function(*args, **options)
-
-    def create_repo(self, repo_id, private, exist_ok):
-        self.made.append((repo_id, private))
-        return SimpleNamespace(repo_id=repo_id)
-
-    def file_exists(self, repo_id, filename, revision):
-        return (self.root / repo_id / filename).exists()
-
-    def upload_folder(self, repo_id, folder_path, **options):
-        shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
-        return SimpleNamespace(commit_url=f"https://hub/{repo_id}", **options)
-
-
-def test_push_sends_the_folder(saved, tmp_path, monkeypatch):
+def test_push_sends_the_folder(saved, fake_hub):
     model, _ = saved
-    hub = Hub(tmp_path / "hub", monkeypatch)
     commit = model.push_to_hub("somebody/mine", private=True, commit_message="First")
-    assert hub.made == [("somebody/mine", True)]
+    assert fake_hub.made == [("somebody/mine", True)]
     assert (commit.commit_url, commit.commit_message) == ("https://hub/somebody/mine", "First")
-    there = tmp_path / "hub" / "somebody" / "mine"
+    there = fake_hub.root / "somebody" / "mine"
     assert "from_pretrained('somebody/mine')" in (there / "README.md").read_text()
     assert_same(model, from_pretrained(there))
 
