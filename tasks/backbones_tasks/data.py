@@ -100,7 +100,11 @@ class RandomScale(v2.Transform):
 
 
 def augmentation(
-    crop_size: int, scale: tuple[float, float], flip: float, color_jitter: float, ignore_index: int
+    crop_size: int | tuple[int, int],
+    scale: tuple[float, float],
+    flip: float,
+    color_jitter: float,
+    ignore_index: int,
 ) -> v2.Transform:
     """Random scale, crop (padded where the image is smaller), horizontal flip and colour jitter."""
     steps: list[v2.Transform] = [
@@ -126,7 +130,7 @@ class SegmentationData(DataModule):
         classes: names of the mask values 0, 1, 2, ..., in place of `classes.json` or of what was published
         ignore_index: a mask value that neither trains nor counts; 255 never does
         batch_size: images per step and device
-        crop_size: side in pixels of the random training crops
+        crop_size: side in pixels of the random training crops, or their height and width
         scale: range of the random resize before the crop
         flip: probability of a horizontal flip
         color_jitter: strength of the random brightness, contrast and saturation; a quarter of it for hue; 0 is off
@@ -145,7 +149,7 @@ class SegmentationData(DataModule):
         classes: list[str] | None = None,
         ignore_index: int | None = None,
         batch_size: int = 8,
-        crop_size: int = 320,
+        crop_size: int | tuple[int, int] = 320,
         scale: tuple[float, float] = (0.5, 2.0),
         flip: float = 0.5,
         color_jitter: float = 0.3,

@@ -166,6 +166,11 @@ def test_crops_pad_masks_with_the_ignored_value():
     assert ((image[0] == 7) == (mask == 1)).all(), "image and mask move together"
 
 
+def test_crops_may_be_wider_than_high(folder):
+    image, mask = ready(folder, crop_size=(16, 48)).datasets["train"][(0, 0)]
+    assert (image.shape, mask.shape) == ((3, 16, 48), (16, 48))
+
+
 def test_ranks_share_an_epoch_evenly():
     shares = [list(EpochSampler(10, seed=0, rank=rank, world_size=4)) for rank in range(4)]
     assert {len(share) for share in shares} == {3}
