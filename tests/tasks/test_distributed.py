@@ -1,6 +1,7 @@
 """Several processes: one run folder, the metrics of one process, sharded training and its checkpoints, launchers."""
 
 import copy
+import json
 import os
 import re
 import subprocess
@@ -28,11 +29,15 @@ pytestmark = pytest.mark.usefixtures("workplace")
 
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 DATA = ["--data.shapes.size=32", "--data.shapes.train=10", "--data.shapes.val=5", "--data.batch_size=2"]
-SMALL = [*DATA, "--backbone=edgevit_xxs", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]
+BRIEF = ["--backbone=edgevit_xxs", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]
+SMALL = [*DATA, *BRIEF]
 DECODER = "--model.decoder_options={decoder_channels: 8}"
 DETECTOR = (
     "--model.detector_options={fpn_channels: 16, box_channels: 16, box_batch_size_per_image: 16, mask_channels: 16}"
 )
+HEADS = {"det": {"task": "detection"}, "seg": {"task": "segmentation"}}
+SHAPES = {name: {"batch_size": 2, "shapes": {"size": 32, "train": 10, "val": 5}} for name in HEADS}
+MULTITASK = [f"--model.heads={json.dumps(HEADS)}", f"--data.heads={json.dumps(SHAPES)}", "--data.order=mixed"]
 ONE, TWO = ["--trainer.devices=1", "--trainer.strategy=auto"], ["--trainer.devices=2"]
 
 
@@ -329,13 +334,14 @@ dist.destroy_process_group()
 @pytest.mark.parametrize(
     ("task", "options"),
     [
-        ("segmentation", [DECODER, "--model.ema=0.9"]),
-        ("classification", []),
-        ("detection", ["--model.detector=mask_rcnn", DETECTOR]),
+        ("segmentation", [*DATA, DECODER, "--model.ema=0.9"]),
+        ("classification", DATA),
+        ("detection", [*DATA, "--model.detector=mask_rcnn", DETECTOR]),
+        ("multitask", MULTITASK),
     ],
 )
 def test_metrics_of_two_processes_are_those_of_one_on_what_was_saved(task, options, capsys):
-    backbones("fit", task, *SMALL, *options, *TWO, "--trainer.strategy=ddp", "--out=run")
+    backbones("fit", task, *BRIEF, *options, *TWO, "--trainer.strategy=ddp", "--out=run")
     (row,) = (row for row in rows("run") if row["epoch"] == 1)
     assert row["step"] == 4  # 10 images: 5 for each, in batches of 2, of which the last is dropped
     files = {path.name for path in Path("run").iterdir()}
@@ -343,7 +349,7 @@ def test_metrics_of_two_processes_are_those_of_one_on_what_was_saved(task, optio
     assert len(list(Path("run/tensorboard").glob("events*"))) == 1
     assert main(["validate", task, "--ckpt_path=run/checkpoints/last.ckpt", *ONE]) == 0
     printed = dict(re.findall(r"^  (\S+) +(\S+)$", capsys.readouterr().out, re.MULTILINE))
-    assert {"box_AP", "val_loss"} & printed.keys()
+    assert {"box_AP", "det/box_AP", "val_loss"} & printed.keys()
     for name, value in printed.items():
         assert float(value) == pytest.approx(row[name], abs=6e-5, nan_ok=True), name
 
