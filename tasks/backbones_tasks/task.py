@@ -227,11 +227,12 @@ class Task(LightningModule):
         """
         built = dict(backbone) if isinstance(backbone, Mapping) else {"name": backbone}
         inner = self.model.inner_backbone
+        weights = ("pretrained", *inner.weight_options)
         if self.hparams["layer_decay"] is None:
-            published = any(built.get(name) for name in ("pretrained", *inner.weight_options))
+            published = any(built.get(name) for name in weights)
             own = published and self.hparams["backbone_lr"] == 1
             options["layer_decay"] = inner.spec.layer_decay if own else 1.0
-        built = {k: v for k, v in built.items() if k != "pretrained"}
+        built = {k: v for k, v in built.items() if k not in weights}
         built["pretrained_cfg"] = json_values(inner.pretrained_cfg)  # images are normalised as those weights want it
         self.save_hyperparameters({"backbone": {**built, "name": inner.canonical_name}, **options}, logger=False)
 

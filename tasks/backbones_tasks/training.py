@@ -66,7 +66,8 @@ def _fit(task: type[Task], own: argparse.Namespace, argv: list[str]) -> int:
     if own.print_groups:
         print_groups(CommandLine("fit", task, argv).model)
         return 0
-    cli = CommandLine("fit", task, argv, lambda nodes: run or new_run(task.name, own.out, nodes))
+    trained = None if checkpoint is None else read_checkpoint(checkpoint, task.name)["hyper_parameters"]
+    cli = CommandLine("fit", task, argv, lambda nodes: run or new_run(task.name, own.out, nodes), trained)
     run, trainer = cli.run_folder, cli.trainer
     if trainer.is_global_zero:
         write_config(cli, run / "config.yaml")
@@ -92,7 +93,8 @@ def _evaluate(command: str, task: type[Task], own: argparse.Namespace, argv: lis
     if own.ckpt_path in ("best", "last"):
         checkpoint = (Path(own.out) if own.out else newest_run(task.name)) / "checkpoints" / f"{own.ckpt_path}.ckpt"
     trained = read_checkpoint(checkpoint, task.name)["hyper_parameters"]
-    cli = CommandLine(command, task, [*as_trained(task, checkpoint, trained, not own.has_config), *argv])
+    argv = [*as_trained(task, checkpoint, trained, not own.has_config), *argv]
+    cli = CommandLine(command, task, argv, trained=trained)
     if cli.datamodule.class_names != trained["class_names"]:
         raise InputError(
             f"{checkpoint} was trained on the classes {', '.join(trained['class_names'])}, but the data have "
@@ -133,11 +135,20 @@ class CommandLine(LightningCLI):
         argv: what follows the task's name
         claim_run: gives the run folder, once the arguments are known to be right, for a number of machines; no run
             folder if None
+        trained: hyperparameters of the checkpoint that the weights will be read from, if there is one
     """
 
-    def __init__(self, command: str, task: type[Task], argv: list[str], claim_run: Callable[[int], Path] | None = None):
+    def __init__(
+        self,
+        command: str,
+        task: type[Task],
+        argv: list[str],
+        claim_run: Callable[[int], Path] | None = None,
+        trained: Mapping[str, Any] | None = None,
+    ):
         self.task = task
         self.claim_run = claim_run
+        self.trained = trained
         self.run_folder: Path | None = None
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__init__(
@@ -182,6 +193,19 @@ class CommandLine(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         self.task.check_options(self.config.model)
+
+    def instantiate_classes(self) -> None:
+        """With a checkpoint, the weights that it began with are not read, and need not be there any more."""
+        told = self.config
+        backbone = told.model.backbone
+        if self.trained is not None and isinstance(backbone, Mapping) and backbone.get("pretrained"):
+            self.config = told.clone()
+            own = {"pretrained": False, "pretrained_cfg": self.trained["backbone"]["pretrained_cfg"]}
+            self.config.model.backbone = {**backbone, **own}
+            if told.model.layer_decay is None:
+                self.config.model.layer_decay = self.trained["layer_decay"]
+        super().instantiate_classes()
+        self.config = told
 
     def instantiate_trainer(self, **options: Any) -> Trainer:
         if self.claim_run:
@@ -304,7 +328,6 @@ def _find_run(task: str, own: argparse.Namespace) -> tuple[Path | None, Path | N
         run = checkpoint.parent.parent
         if not is_run(run) or (own.out is not None and Path(own.out).resolve() != run.resolve()):
             run = None  # a new run that begins with the state of another
-    read_checkpoint(checkpoint, task)
     return run, checkpoint
 
 

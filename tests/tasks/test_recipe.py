@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from run_files import rows, same, weights
+from torchvision.models import resnet18
 
-from backbones import backbone_info
+from backbones import backbone_info, build_backbone
 from backbones.cli import main
 from backbones_tasks.callbacks import Unfreezing
 from backbones_tasks.classification import ClassificationTask
@@ -120,6 +121,34 @@ def test_backbones_from_published_weights_get_their_familys_layer_decay(tmp_path
     assert "layer decay 0.75" in capsys.readouterr().out
     saved = torch.load("run/checkpoints/last.ckpt", weights_only=True)
     assert saved["hyper_parameters"]["layer_decay"] == 0.75
+
+
+def test_a_checkpoint_needs_the_weights_no_more_that_it_began_with(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "vit.pth"
+    torch.save(build_backbone("vit_tiny_patch16").state_dict(), file)
+    backbone = f"--backbone={{name: vit_tiny_patch16, pretrained: {file}, pretrained_cfg: {{mean: [0.1, 0.2, 0.3]}}}}"
+    assert fit("--trainer.max_epochs=1", backbone, "--out=run") == 0
+    file.unlink()
+    monkeypatch.delenv("BACKBONES_RUN")
+    told = Path("run/config.yaml").read_text()
+    assert main(["fit", "segmentation", "--ckpt_path=last", "--trainer.max_epochs=2", "--out=run"]) == 0
+    assert "layer decay 0.75" in capsys.readouterr().out
+    assert Path("run/config.yaml").read_text() == told.replace("max_epochs: 1", "max_epochs: 2")
+    saved = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+    assert saved["hyper_parameters"]["backbone"]["pretrained_cfg"]["mean"] == [0.1, 0.2, 0.3]
+    assert main(["validate", "segmentation", "--config=run/config.yaml", "--ckpt_path=last", "--out=run"]) == 0
+    assert main(["fit", "segmentation", "--config=run/config.yaml", "--out=anew"]) == 2
+    assert "vit.pth" in capsys.readouterr().err
+
+
+def test_a_checkpoint_needs_no_weights_of_torchvision(tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, file: torch.save(resnet18().state_dict(), file))
+    backbone = {"name": "torchvision/resnet18", "weights": "IMAGENET1K_V1"}
+    task = SegmentationTask(backbone, decoder_options={"decoder_channels": 8})
+    assert task.hparams["backbone"].keys() == {"name", "pretrained_cfg"}
+    assert task.hparams["backbone"]["pretrained_cfg"]["tag"] == "IMAGENET1K_V1"
 
 
 @pytest.mark.parametrize(
