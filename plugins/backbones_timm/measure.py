@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from timm.layers import to_2tuple
 from timm.models import model_entrypoint
 from torch import Tensor, nn
 
 from backbones import Weights
+from backbones.layers import halve
 
 from . import table
 from .table import Facts, Level
@@ -34,13 +36,31 @@ Sizes = list[tuple[int, int, int]]
 def create(name: str, pad_convolutions: bool = False, **options: Any) -> nn.Module:
     """timm's model; with `pad_convolutions`, its 3 x 3 convolutions and poolings lose no border.
 
-    That is how segmentation-models-pytorch makes encoders of Inception and Xception.
+    That is how segmentation-models-pytorch makes encoders of Inception and Xception. Poolings that round up are
+    computed in a form that can be exported.
     """
     model = timm.create_model(name, **options)
+    for path, module in [*model.named_modules()]:
+        if _rounds_up(module):
+            model.set_submodule(path, _Halve())
     for module in model.modules() if pad_convolutions else ():
         if isinstance(module, (nn.Conv2d, nn.MaxPool2d)) and module.kernel_size in (3, (3, 3)):
             module.padding = 1 if isinstance(module, nn.MaxPool2d) else (1, 1)
     return model
+
+
+def _rounds_up(module: nn.Module) -> bool:
+    """Whether it is the pooling in the shortcuts of ResNet-D, whose size `torch.export` cannot prove."""
+    if type(module) is not nn.AvgPool2d or not module.ceil_mode:
+        return False
+    return [to_2tuple(n) for n in (module.kernel_size, module.stride, module.padding)] == [(2, 2), (2, 2), (0, 0)]
+
+
+class _Halve(nn.Module):
+    """AvgPool2d(2, ceil_mode=True), for images of any size when exported."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return halve(x, "avg")
 
 
 class Sibling(NamedTuple):

@@ -534,7 +534,7 @@ def test_real_weights_name_real_photographs(lite0, shared_data):
 
 
 @parametrize_backbones(
-    ["timm/test_efficientnet", "timm/test_convnext", "timm/test_vit", "timm/resnet18"], slow_marks=pytest.mark.slow
+    ["timm/test_efficientnet", "timm/test_convnext", "timm/test_vit", "timm/test_resnet"], slow_marks=pytest.mark.slow
 )
 def test_conformance(name, check):
     check(name)
