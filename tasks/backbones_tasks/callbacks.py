@@ -13,10 +13,9 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar, WeightAveraging
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.plugins.layer_sync import TorchSyncBatchNorm
+from pytorch_lightning.strategies import DDPStrategy
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor
-
-from backbones.errors import InputError
 
 from .files import is_sharded, read_checkpoint, whole
 from .pictures import save_curves
@@ -165,15 +164,11 @@ class Unfreezing(Callback):
     def __init__(self, epochs: int, every: int):
         self.epochs, self.every = epochs, every
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        find_unused(trainer)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Only now: the optimizer, and what wraps the model, leave out for good what they find frozen.
-        wrapped = trainer.strategy.model
-        if not (wrapped is pl_module or getattr(wrapped, "find_unused_parameters", False)):
-            raise InputError(
-                "while the backbone is frozen, processes that share gradients must look for parameters without one: "
-                "add --trainer.strategy ddp_find_unused_parameters_true, or leave out model.freeze_epochs and "
-                "model.unfreeze_every"
-            )
         self.backbone = pl_module.model.inner_backbone
         self.always = self.backbone.frozen_stages
         self.parts = [
@@ -209,6 +204,12 @@ class Unfreezing(Callback):
             for parameter in parameters:
                 parameter.requires_grad_(i > frozen_stages)
         self.backbone.train(self.backbone.training)
+
+
+def find_unused(trainer: Trainer) -> None:
+    """Before the model is wrapped: steps leave parameters out, so DDP is to look for those that have no gradient."""
+    if isinstance(trainer.strategy, DDPStrategy):
+        trainer.strategy._ddp_kwargs["find_unused_parameters"] = True  # what its constructor was given
 
 
 def _parameters(part: torch.nn.Module | torch.nn.Parameter) -> list[torch.nn.Parameter]:

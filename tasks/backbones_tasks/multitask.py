@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from backbones.errors import InputError
 
+from .callbacks import find_unused
 from .classification import ClassificationTask
 from .detection import DetectionTask
 from .heads import MultiTaskModel, check_options, share_backbone
@@ -138,13 +139,8 @@ class MultiTask(Task):
             part.folder = None if self.folder is None else self.folder / name
             part.setup(stage)
         self._remember_heads(self.hparams["heads"])
-
-    def on_train_start(self) -> None:
-        if self.data.order != "mixed" and not getattr(self.trainer.strategy.model, "find_unused_parameters", True):
-            raise InputError(
-                "where a step is one head's, processes that share gradients must look for parameters without one: add "
-                "--trainer.strategy ddp_find_unused_parameters_true, or --data.order mixed"
-            )
+        if stage == "fit" and self.data.order != "mixed":  # a step is one head's
+            find_unused(self.trainer)
 
     def forward(self, images: Sequence[Tensor] | Tensor) -> dict[str, Any]:
         return self.model(images)

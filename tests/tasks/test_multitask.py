@@ -11,7 +11,6 @@ from run_files import rows, weights
 
 from backbones import Backbone
 from backbones.cli import main
-from backbones.errors import InputError
 from backbones_tasks import from_pretrained
 from backbones_tasks.callbacks import AveragedWeights
 from backbones_tasks.classification import ClassificationTask
@@ -371,17 +370,6 @@ def test_every_parameter_is_in_one_group(capsys):
     lines = [line.split(maxsplit=4) for line in capsys.readouterr().out.splitlines()[1:]]
     counted = sum(int(numbers.replace(",", "")) for _, _, _, numbers, _ in lines)
     assert counted == sum(p.numel() for p in task(("det", "seg", "cls")).model.parameters())
-
-
-def test_alternating_steps_ask_processes_to_look_for_unused_parameters():
-    both = task()
-    both.trainer = type("Trainer", (), {})()
-    both._trainer.datamodule = data(det={}, seg={})
-    both._trainer.strategy = type("DDP", (), {"model": type("Wrapped", (), {"find_unused_parameters": False})()})()
-    with pytest.raises(InputError, match="ddp_find_unused_parameters_true"):
-        both.on_train_start()
-    both._trainer.datamodule.order = "mixed"
-    both.on_train_start()
 
 
 def test_a_trial_run_of_a_few_steps_ends_well(workplace):
