@@ -23,6 +23,7 @@ from backbones.layers import (
     pad_to_multiple,
     residual,
 )
+from backbones.layers.padding import is_exporting
 from backbones.weights import KeyLayout
 
 OFFICIAL = KeyLayout(
@@ -179,8 +180,11 @@ class WindowAttention(Attention):
         self._cuts = TableCache(entries=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        gather, scatter = self.cut(*x.shape[:3], x.device)
-        cells = F.pad(x.flatten(0, 2), (0, 0, 0, 1))  # the last cell is that of zeros
+        batch, height, width = x.shape[:3]
+        gather, scatter = self.cut(batch, height, width, x.device)
+        cells = x.flatten(0, 2)
+        if is_exporting() or height % self.window_size or width % self.window_size:
+            cells = F.pad(cells, (0, 0, 0, 1))  # the last cell is that of zeros
         windows = self.qkv(cells).index_select(0, gather).unflatten(0, (-1, self.window_size**2))
         attended = attend(*windows.chunk(3, dim=-1), self.heads).flatten(0, 1)
         return self.proj(attended.index_select(0, scatter)).reshape(x.shape)
