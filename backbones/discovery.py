@@ -160,8 +160,11 @@ def _load(plugin: Plugin, entry_point: EntryPoint) -> None:
     # A manager of its own for each plugin: an unknown hook or an exception concerns nobody else.
     manager = _Manager(GROUP)
     manager.add_hookspecs(hookspecs)
-    manager.register(module, name=plugin.namespace)
-    manager.check_pending()
+    try:
+        manager.register(module, name=plugin.namespace)
+        manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        raise PluginError(f"{plugin}: {error}; the hooks are {', '.join(HOOKS)}") from error
     answers = manager.hook.register_backbones()
     if not answers:
         raise PluginError(

@@ -36,7 +36,7 @@ FAULTS = {
     "exits": ("broken", "SystemExit: throwaway plugin wants out"),
     "invalid_spec": ("broken", "InvalidSpec: BackboneSpec 'short': strides=(4,) is wrong; give as many as channels"),
     "leads_nowhere": ("broken", "there is no module 'throwaway_leads_nowhere.missing'"),
-    "misspelt_hook": ("broken", "unknown hook 'find_backbones'"),
+    "misspelt_hook": ("broken", "the hooks are register_backbones, catalogue, find_backbone"),
     "no_api": ("incompatible", "states no API version; write `BACKBONES_API = 1`"),
     "no_hook": ("broken", "define register_backbones()"),
     "not_a_spec": ("broken", "register_backbones gave 'resnet50'; give a BackboneSpec"),
