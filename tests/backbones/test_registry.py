@@ -36,7 +36,7 @@ FAULTS = {
     "exits": ("broken", "SystemExit: throwaway plugin wants out"),
     "invalid_spec": ("broken", "InvalidSpec: BackboneSpec 'short': strides=(4,) is wrong; give as many as channels"),
     "leads_nowhere": ("broken", "there is no module 'throwaway_leads_nowhere.missing'"),
-    "misspelt_hook": ("broken", "the hooks are register_backbones, catalogue, find_backbone"),
+    "misspelt_hook": ("broken", "unknown hook 'find_backbones'"),
     "no_api": ("incompatible", "states no API version; write `BACKBONES_API = 1`"),
     "no_hook": ("broken", "define register_backbones()"),
     "not_a_spec": ("broken", "register_backbones gave 'resnet50'; give a BackboneSpec"),
@@ -70,6 +70,11 @@ def test_every_throwaway_plugin_is_expected_to_be_sound_or_faulty():
 
 def test_a_hook_needs_no_mark(throwaway):
     assert "unmarked_net" in backbones.list_backbones(plugin="unmarked")
+
+
+def test_a_misspelt_hook_is_answered_with_those_that_there_are(records):
+    record = records["misspelt_hook", "throwaway-misspelt-hook"]
+    assert "; the hooks are register_backbones, catalogue, find_backbone" in record.error
 
 
 @pytest.mark.parametrize("namespace", FAULTS)

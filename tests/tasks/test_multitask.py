@@ -11,8 +11,8 @@ from run_files import rows, weights
 
 from backbones import Backbone
 from backbones.cli import main
-from backbones_tasks import from_pretrained
-from backbones_tasks.callbacks import AveragedWeights
+from backbones_tasks import from_pretrained, multitask
+from backbones_tasks.callbacks import AveragedWeights, find_unused
 from backbones_tasks.classification import ClassificationTask
 from backbones_tasks.detection import DetectionTask
 from backbones_tasks.multitask import MultiTask
@@ -370,6 +370,17 @@ def test_every_parameter_is_in_one_group(capsys):
     lines = [line.split(maxsplit=4) for line in capsys.readouterr().out.splitlines()[1:]]
     counted = sum(int(numbers.replace(",", "")) for _, _, _, numbers, _ in lines)
     assert counted == sum(p.numel() for p in task(("det", "seg", "cls")).model.parameters())
+
+
+@pytest.mark.parametrize("order", ["round_robin", "mixed"])
+def test_processes_do_not_wait_for_the_head_whose_turn_it_is_not(workplace, monkeypatch, order):
+    looked = []
+    monkeypatch.setattr(multitask, "find_unused", lambda trainer: looked.append(find_unused(trainer)))
+    try:
+        assert fit(f"--data.order={order}", "--trainer.strategy=ddp", "--trainer.fast_dev_run=3", "--out=run") == 0
+    finally:
+        torch.distributed.destroy_process_group()
+    assert bool(looked) == (order != "mixed")
 
 
 def test_a_trial_run_of_a_few_steps_ends_well(workplace):
