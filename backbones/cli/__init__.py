@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 
-from backbones.discovery import FIRST_PARTY, describe, owner
+from backbones.cli.summary import summary
+from backbones.discovery import FIRST_PARTY, describe, normalized, owner
 from backbones.errors import BackboneError, PluginError
 
 # Command: its module here, and its line in `backbones --help`, which imports none of them.
@@ -49,10 +50,10 @@ def _dispatch(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="backbones", description="Vision backbones for dense tasks, as plugins.")
     parser.add_argument("--version", action="store_true", help="print the installed version")
     choices = parser.add_subparsers(metavar="COMMAND", title="commands (backbones COMMAND --help tells more)")
-    for name, (_, summary) in COMMANDS.items():
-        choices.add_parser(name, help=summary)
+    for name, (_, does) in COMMANDS.items():
+        choices.add_parser(name, help=does)
     for name, entry_point in others.items():
-        choices.add_parser(name, help=f"from {owner(entry_point)[0]}")
+        choices.add_parser(name, help=_line(entry_point).replace("%", "%%"))
     if parser.parse_args([command]).version:
         from backbones import __version__
 
@@ -65,6 +66,14 @@ def _other_commands() -> dict[str, EntryPoint]:
     found = entry_points(group="backbones.commands")
     found = sorted(found, key=lambda e: (owner(e)[0] == FIRST_PARTY, owner(e)[0]))
     return {e.name: e for e in found}  # the last one of a name is kept
+
+
+def _line(entry_point: EntryPoint) -> str:
+    """What a command does, and whose it is unless it is ours."""
+    does, distribution = summary(entry_point), owner(entry_point)[0]
+    if not does:
+        return f"from {distribution}"
+    return does if normalized(distribution) == FIRST_PARTY else f"{does} (from {distribution})"
 
 
 def _load(entry_point: EntryPoint):

@@ -12,6 +12,7 @@ from backbones.cli.new_plugin import find_template, rename
 from backbones.testing import check_plugin
 
 TEMPLATE = Path(__file__).parents[2] / "examples" / "plugin-template"
+SUFFIXES = (".py", ".md", ".toml")
 
 
 @pytest.fixture
@@ -37,11 +38,9 @@ def test_it_installs_lists_and_passes_the_checks(new_plugin):
 
 
 def test_nothing_of_the_template_is_left_in_it(new_plugin):
-    files = [
-        path for path in new_plugin.rglob("*") if path.suffix in (".py", ".md", ".toml") and "build" not in path.parts
-    ]
+    files = [path for path in new_plugin.rglob("*") if path.suffix in SUFFIXES and "build" not in path.parts]
     written = {str(path.relative_to(new_plugin)): path.read_text() for path in files}
-    theirs = [path for path in TEMPLATE.rglob("*") if path.suffix in (".py", ".md", ".toml")]
+    theirs = [path for path in TEMPLATE.rglob("*") if path.suffix in SUFFIXES]
     assert written == {
         rename(str(path.relative_to(TEMPLATE)), "tiny_net"): rename(path.read_text(), "tiny_net") for path in theirs
     }
@@ -71,5 +70,10 @@ def test_a_folder_that_exists_is_left_alone(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_template_is_found_beside_the_sources():
-    assert find_template() == TEMPLATE
+def test_the_template_is_found_however_the_package_was_installed():
+    """Beside the sources, or where a wheel puts it: the same files."""
+    here, found = (
+        {path.relative_to(folder): path.read_text() for path in folder.rglob("*") if path.suffix in SUFFIXES}
+        for folder in (TEMPLATE, find_template())
+    )
+    assert found == here

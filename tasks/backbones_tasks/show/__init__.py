@@ -21,7 +21,10 @@ KINDS = {
 
 
 def show(argv: Sequence[str]) -> int:
-    """Draws a picture and says where it is; errors are those of `build_backbone`, and InputError."""
+    """Draw what a backbone does: its maps, attention, receptive fields or positions.
+
+    Says where the picture is; errors are those of `build_backbone`, and InputError.
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
