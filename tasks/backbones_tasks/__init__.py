@@ -4,18 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .classifier import build_classifier
-    from .detector import build_detector
-    from .heads import build_multitask
-    from .segmenter import build_segmenter
-    from .sharing import from_pretrained
+    from .models.classifier import build_classifier
+    from .models.detector import build_detector
+    from .models.multitask import build_multitask
+    from .models.segmenter import build_segmenter
+    from .models.sharing import from_pretrained
 
 _MODULES = {
-    "build_classifier": "classifier",
-    "build_detector": "detector",
-    "build_multitask": "heads",
-    "build_segmenter": "segmenter",
-    "from_pretrained": "sharing",
+    "build_classifier": "models.classifier",
+    "build_detector": "models.detector",
+    "build_multitask": "models.multitask",
+    "build_segmenter": "models.segmenter",
+    "from_pretrained": "models.sharing",
 }
 
 __all__ = ["build_classifier", "build_detector", "build_multitask", "build_segmenter", "from_pretrained"]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from backbones_tasks.callbacks import read_metrics
 from backbones_tasks.files import read_checkpoint
+from backbones_tasks.training.callbacks import read_metrics
 
 
 def rows(run):

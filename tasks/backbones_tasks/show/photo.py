@@ -9,7 +9,7 @@ from PIL import Image
 
 from backbones.errors import InputError
 
-from ..images import UNREADABLE, read_image
+from ..data.images import UNREADABLE, read_image
 
 
 @dataclass(frozen=True)

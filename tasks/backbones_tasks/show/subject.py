@@ -13,7 +13,7 @@ from torch import Tensor
 from backbones import Backbone, build_backbone
 from backbones.errors import InputError
 
-from ..cli import key_values
+from ..commands.cli import key_values
 from .photo import Photo
 
 

@@ -1,0 +1,1 @@
+"""The commands `backbones fit | validate | test | predict | compare | export | share`, a file each."""

@@ -1,0 +1,305 @@
+"""Images, boxes and masks for training detectors: from COCO's or Pascal VOC's formats, or drawn on the fly."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
+from torchvision.ops import box_area, masks_to_boxes
+from torchvision.transforms import v2
+
+from . import rle
+from .coco import CocoFiles, CocoFolder
+from .faults import Faults, count, tell
+from .folders import DataError
+from .images import UNREADABLE, read_image
+from .loading import AspectRatioBatches, DataModule, EpochSampler, held_out, jitter, seeded
+from .samples import Sample, check_images, ground_truth
+from .segmentation import PAD_COLOUR, ShapesOptions
+from .shapes import CLASSES as SHAPE_CLASSES
+from .shapes import Scene, draw_scene
+from .voc import VocFolder
+
+Target = dict[str, Any]
+Categories = Mapping[int, tuple[int, str]]
+
+
+class DetectionDataset(Dataset):
+    """Samples as (image, target): (3, H, W) float32 in [0, 1] and what torchvision's detectors train on.
+
+    A target has boxes (N, 4) float32 as (x0, y0, x1, y1), labels (N,) from 1, image_id, area (N,), iscrowd (N,), and
+    masks (N, H, W) uint8 if its sample has them. Crowds are in `coco()` alone. With `augment`, indices are the
+    (epoch, index) pairs of `EpochSampler`.
+    """
+
+    def __init__(
+        self, samples: list[Sample], categories: Categories, augment: v2.Transform | None = None, seed: int = 0
+    ):
+        self.samples, self.categories, self.augment, self.seed = samples, categories, augment, seed
+        self.sizes = [sample.size for sample in samples]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, Target]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        sample = self.samples[index]
+        image, target = tv_tensors.Image(v2.functional.pil_to_tensor(_read(sample))), sample.target()
+        if self.augment is not None:
+            with seeded(self.seed, epoch, index):
+                image, target = self.augment(image, target)
+            masks = target.get("masks")
+            # summing in float32 is exact, and fifteen times as fast as in int64
+            pixels = box_area(target["boxes"]) if masks is None else masks.sum((1, 2), dtype=torch.float32)
+            target["area"] = pixels
+        return image.as_subclass(torch.Tensor).float() / 255, _plain(target)
+
+    def coco(self) -> dict[str, Any]:
+        """The truth about all images in COCO's format, crowds included, for `CocoEvaluation`."""
+        return ground_truth(self.samples, self.categories)
+
+
+class DetectionShapes(Dataset):
+    """Scenes of `shapes.draw_scene`, like `DetectionDataset`; each split has seeds of its own."""
+
+    def __init__(self, length: int, size: int, split: str, masks: bool = False, seed: int = 0):
+        self.length, self.size, self.masks = length, size, masks
+        self.seed = (seed, ("train", "val", "test").index(split))
+        self.categories = {label: (label, name) for label, name in enumerate(SHAPE_CLASSES) if label}
+        self.sizes = [(size, size)] * length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, Target]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        scene = self._scene(epoch, index)
+        image = torch.from_numpy(scene.image).permute(2, 0, 1).float() / 255
+        return image, _plain(self._sample(scene, index).target())
+
+    def coco(self) -> dict[str, Any]:
+        """The truth about all images as they are drawn for validation, in COCO's format."""
+        return ground_truth((self._sample(self._scene(0, i), i) for i in range(len(self))), self.categories)
+
+    def _scene(self, epoch: int, index: int) -> Scene:
+        return draw_scene((*self.seed, epoch, index), self.size)
+
+    def _sample(self, scene: Scene, index: int) -> Sample:
+        corners = scene.boxes.astype(np.float64)
+        return Sample(
+            file=None,
+            image_id=index + 1,
+            size=(self.size, self.size),
+            boxes=np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1),
+            labels=scene.labels.astype(np.int64),
+            areas=scene.masks.sum((1, 2)).astype(np.float64),
+            crowd=np.zeros(len(scene.labels), dtype=bool),
+            masks=rle.encode_array(scene.masks) if self.masks else None,
+        )
+
+
+class CutBoxes(v2.Transform):
+    """Shrink the boxes that a crop cut to what is left of their masks, where there are masks."""
+
+    def forward(self, image: torch.Tensor, target: Target) -> tuple[torch.Tensor, Target]:
+        if not len(target.get("masks", ())):
+            return image, target
+        boxes, masks = target["boxes"], target["masks"].as_subclass(torch.Tensor)
+        seen = masks.amax((1, 2)) > 0
+        tight = torch.zeros_like(boxes.as_subclass(torch.Tensor))  # of no size, where nothing is left
+        tight[seen] = masks_to_boxes(masks[seen]) + tight.new_tensor([0, 0, 1, 1])
+        cut = torch.cat([boxes[:, :2].maximum(tight[:, :2]), boxes[:, 2:].minimum(tight[:, 2:])], dim=1)
+        return image, {**target, "boxes": tv_tensors.wrap(cut, like=boxes)}
+
+
+def detection_augmentation(
+    crop_size: int | None, scale: tuple[float, float], flip: float, color_jitter: float
+) -> v2.Transform:
+    """Large-scale jitter and crop (https://arxiv.org/abs/2012.07177), horizontal flip and colour jitter.
+
+    At scale 1 an image just fits into the crop, which is padded where the image is smaller. Objects of which less
+    than a pixel is left are dropped. Without `crop_size` images stay whole.
+    """
+    steps: list[v2.Transform] = []
+    if crop_size is not None:
+        steps += [
+            v2.ScaleJitter((crop_size, crop_size), scale),
+            v2.RandomCrop(crop_size, pad_if_needed=True, fill={tv_tensors.Image: PAD_COLOUR, tv_tensors.Mask: 0}),
+            CutBoxes(),
+        ]
+    steps.append(v2.RandomHorizontalFlip(flip))
+    steps += jitter(color_jitter)
+    steps.append(v2.SanitizeBoundingBoxes(labels_getter=_per_object))
+    return v2.Compose(steps)
+
+
+class DetectionData(DataModule):
+    """Images with boxes and masks from a folder, or drawn shapes where none is given.
+
+    Batches are a list of images and a list of targets, as torchvision's detectors take them.
+
+    Args:
+        root: a folder with annotations in COCO's format, such as `annotations/instances_train2017.json` or
+            `instances_train.json`, beside folders of images such as `train2017`, `train` or `images`; or one in the
+            layout of Pascal VOC, with `JPEGImages`, `Annotations` and `ImageSets/Main`
+        train: annotations and images of the training split in COCO's format, relative to root, where they are not
+            found by themselves
+        val: the same of the validation split
+        test: the same of the test split
+        classes: the classes to learn, in this order; objects of others are left out. By default all
+        masks: read the masks too, for mask_rcnn
+        batch_size: images per step and device
+        crop_size: side in pixels of the random training crops, into which an image just fits at scale 1; None trains
+            on whole images, those of similar shape together
+        scale: range of the random resize before the crop
+        flip: probability of a horizontal flip
+        color_jitter: strength of the random brightness, contrast and saturation; a quarter of it for hue; 0 is off
+        val_fraction: share of the training images held out where there is no validation split
+        split_seed: decides which ones
+        num_workers: processes that prepare batches; by default none for shapes, else one per core but at most 8
+        check: read every image before training starts; the annotations are always checked
+        faults: whether faulty images and annotations stop everything or are left out; both name them in one report
+        shapes: the data set that is drawn where no root is given
+        seed: decides the order, the augmentation and the drawn shapes
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        train: CocoFiles | None = None,
+        val: CocoFiles | None = None,
+        test: CocoFiles | None = None,
+        classes: list[str] | None = None,
+        masks: bool = False,
+        batch_size: int = 4,
+        crop_size: int | None = 512,
+        scale: tuple[float, float] = (0.5, 2.0),
+        flip: float = 0.5,
+        color_jitter: float = 0.3,
+        val_fraction: float = 0.1,
+        split_seed: int = 0,
+        num_workers: int | None = None,
+        check: bool = True,
+        faults: Literal["fatal", "drop"] = "fatal",
+        shapes: ShapesOptions = ShapesOptions(),  # noqa: B008  (never changed)
+        seed: int = 0,
+    ):
+        super().__init__(root, batch_size, num_workers, seed)
+        self.masks, self.check, self.faults, self.shapes = masks, check, faults, shapes
+        self.crop_size, self.scale, self.flip, self.color_jitter = crop_size, scale, flip, color_jitter
+        self.val_fraction, self.split_seed = val_fraction, split_seed
+        files = {"train": train, "val": val, "test": test}
+        files = {split: where for split, where in files.items() if where is not None}
+        if self.root is None and (files or classes):
+            raise DataError("--data.train, val, test and classes are relative to a folder: give --data.root as well")
+        self.folder = None if self.root is None else _open(self.root, files, classes)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names by label; the first is the background."""
+        return list(SHAPE_CLASSES) if self.folder is None else [SHAPE_CLASSES[0], *self.folder.classes]
+
+    @property
+    def image_size(self) -> int | None:
+        """Longer side of an image at scale 1, if training images are brought to one; drawn ones are as drawn."""
+        return self.shapes.size if self.folder is None else self.crop_size
+
+    def load(self, splits: list[str]) -> dict[str, Dataset]:
+        """Find and check the images and annotations of the splits; `DataError` reports the faulty ones."""
+        if self.folder is None:
+            lengths = {split: self.shapes.train if split == "train" else self.shapes.val for split in splits}
+            return {
+                split: DetectionShapes(length, self.shapes.size, split, self.masks, self.seed)
+                for split, length in lengths.items()
+            }
+
+        there = self.folder.splits
+        held_out = "val" not in there and "test" not in splits
+        for split in ["train"] if held_out else splits:
+            if split not in there:
+                hint = "; `validate` measures on the validation images" if split == "test" else ""
+                raise DataError(f"{self.root}: has no {split} split, only {', '.join(sorted(there))}{hint}")
+        datasets, faults = {}, []
+        for split in ["train"] if held_out else splits:
+            samples, categories, found = self.folder.read(split, self.masks)
+            if self.check:
+                samples = check_images(samples, found)
+            faults.append((found, samples))
+            datasets[split] = DetectionDataset(samples, categories, seed=self.seed)
+        self._tell(faults)
+        if held_out:
+            datasets = self._hold_out(datasets["train"])
+        if "train" in datasets:
+            datasets["train"].augment = detection_augmentation(self.crop_size, self.scale, self.flip, self.color_jitter)
+        return {split: datasets[split] for split in splits}
+
+    def train_dataloader(self) -> DataLoader:
+        if self.crop_size is not None or self.folder is None:
+            return super().train_dataloader()
+        dataset = self.datasets["train"]
+        sampler = EpochSampler(len(dataset), self.seed, *self.rank())
+        return self.loader(dataset, batch_sampler=AspectRatioBatches(sampler, dataset.sizes, self.batch_size))
+
+    def loader(self, dataset: Dataset, **options) -> DataLoader:
+        return super().loader(dataset, collate_fn=collate, **options)
+
+    def _tell(self, faults: list[tuple[Faults, list[Sample]]]) -> None:
+        images = sum(len(samples) for _, samples in faults)
+        objects = sum(len(sample.labels) for _, samples in faults for sample in samples)
+        left = f"{count(images, 'image')} with {count(objects, 'object')}"
+        tell((found for found, _ in faults), self.faults, left)
+        for found, samples in faults:
+            if not samples:
+                raise DataError(f"{found.source}: no image is left")
+
+    def _hold_out(self, dataset: DetectionDataset) -> dict[str, DetectionDataset]:
+        if len(dataset) < 2:
+            raise DataError(f"{self.root}: has no validation split, and too few images to hold some out")
+        train, val = held_out(len(dataset), self.val_fraction, self.split_seed)
+        return {
+            split: DetectionDataset([dataset.samples[i] for i in indices], dataset.categories, seed=self.seed)
+            for split, indices in (("train", train), ("val", val))
+        }
+
+
+def collate(batch: list[tuple[torch.Tensor, Target]]) -> tuple[list[torch.Tensor], list[Target]]:
+    """A list of images and a list of targets."""
+    images, targets = zip(*batch, strict=True)
+    return list(images), list(targets)
+
+
+def _open(root: Path, files: dict[str, CocoFiles], classes: list[str] | None) -> CocoFolder | VocFolder:
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder")
+    if (root / "JPEGImages").is_dir() and (root / "Annotations").is_dir() and not files:
+        return VocFolder(root, classes)
+    folder = CocoFolder(root, files, classes)
+    if not {"train", "val", "test"} & folder.splits:
+        raise DataError(
+            f"{root}: expected annotations/instances_train*.json or instances_train.json in COCO's format, or Pascal "
+            "VOC's folders JPEGImages and Annotations; other places can be given as --data.train.annotations FILE "
+            "--data.train.images FOLDER, and so for val"
+        )
+    return folder
+
+
+def _read(sample: Sample) -> Image.Image:
+    try:
+        image = read_image(sample.file)
+    except UNREADABLE as error:
+        raise DataError(f"{sample.file}: cannot be read: {error}") from error
+    if (image.height, image.width) != sample.size:
+        raise DataError(f"{sample.file}: is {image.height} x {image.width}, listed as {sample.size} (height, width)")
+    return image
+
+
+def _per_object(inputs: tuple[Any, Target]) -> list[torch.Tensor]:
+    return [inputs[1][name] for name in ("labels", "area", "iscrowd")]
+
+
+def _plain(target: Target) -> Target:
+    return {name: v.as_subclass(torch.Tensor) if torch.is_tensor(v) else v for name, v in target.items()}

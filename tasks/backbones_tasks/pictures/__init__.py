@@ -1,0 +1,1 @@
+"""What people look at: overlays, predictions beside the truth, curves and tables."""

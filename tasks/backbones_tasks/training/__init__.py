@@ -1,0 +1,1 @@
+"""What trains and measures models: the tasks, losses, evaluation, callbacks, runs and sharding."""

@@ -1,0 +1,152 @@
+"""Classification: loss, scores, pictures and prediction of classifiers."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import Mixup
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import SumMetric
+from torchmetrics.classification import MulticlassConfusionMatrix
+from torchvision.transforms import v2
+
+from backbones.errors import InputError
+
+from ..data.classification import ClassificationData, evaluation_transform
+from ..data.images import to_pixels
+from ..files import whole
+from ..models.classifier import build_classifier, map_indices
+from ..pictures.pictures import save_confusion, save_labelled
+from .task import Normalise, Task
+
+Batch = tuple[Tensor, Tensor]
+
+
+class ClassificationTask(Task):
+    """A classifier and all that its training needs.
+
+    Called with images (B, 3, H, W) in [0, 1] of any size, it returns logits (B, num_classes); distilled models in
+    training mode, a pair of them.
+
+    Args:
+        backbone: a name, or a dict of `build_backbone` options that includes "name"
+        pool: how the last map is pooled; what the architecture was published with unless given
+        drop_rate: dropout before the last layer
+        label_smoothing: share of the target that is spread over all classes
+        mixup: strength of mixing whole images, the alpha of a beta distribution; 0 is off
+        cutmix: the same for pasting parts of images into others
+        image_size: side in pixels that images are brought to
+        crop: share of their shorter side that is seen, training aside
+        **options: those of `Task`
+    """
+
+    name = "classification"
+    data_class = ClassificationData
+    linked = ("num_classes", "class_names", "image_size", "crop")
+    metric = "top1"
+    scores = ("top1", "top5")
+    epochs = 15
+    predicts = "Tell the class of images; writes OUT/results.json with the likeliest classes of each."
+
+    def __init__(
+        self,
+        backbone: str | dict[str, Any] = "pvt_v2_b0",
+        pool: Literal["avg", "max", "cls", "both"] | None = None,
+        drop_rate: float = 0.0,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        image_size: int = 224,
+        crop: float = 0.875,
+        **options,
+    ):
+        super().__init__(**options)
+        classes = self.hparams["num_classes"]
+        self.model = build_classifier(backbone=backbone, num_classes=classes, pool=pool, drop_rate=drop_rate)
+        own = {"pool": pool, "drop_rate": drop_rate, "label_smoothing": label_smoothing}
+        self.remember(backbone, **own, mixup=mixup, cutmix=cutmix, image_size=image_size, crop=crop)
+        self.normalise = Normalise(self.model.backbone)
+        self.mix = None
+        if mixup or cutmix:
+            self.mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=classes)
+        self.confusion = MulticlassConfusionMatrix(classes, validate_args=False)
+        self.among_five = SumMetric()
+
+    @classmethod
+    def check_options(cls, options: Any) -> None:
+        super().check_options(options)
+        if not 0 <= options.label_smoothing < 1:
+            raise InputError(f"model.label_smoothing={options.label_smoothing} must be at least 0 and under 1")
+
+    @classmethod
+    def map_indices(cls, options: Mapping[str, Any], strides: Mapping[int, int]) -> list[int]:
+        return map_indices(strides)
+
+    def describe(self) -> str:
+        return f"classifier on {self.hparams['backbone']['name']}"
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, labels = batch
+        if self.mix is not None and len(images) % 2 == 0:  # timm mixes pairs
+            np.random.seed(torch.randint(2**31, ()).item())  # noqa: NPY002  (timm draws from the global generator)
+            images, labels = self.mix(images.clone(), labels)
+        logits = self(images)
+        heads = logits if isinstance(logits, tuple) else (logits,)
+        smoothing = self.hparams["label_smoothing"] if labels.ndim == 1 else 0.0  # timm's mixed labels are smooth
+        loss = sum(F.cross_entropy(head, labels, label_smoothing=smoothing) for head in heads) / len(heads)
+        self.log_loss("train_loss", loss, len(images))
+        return loss
+
+    def save_picture(self, file: Path, samples: Sequence[Batch]) -> None:
+        predictions = [self(image[None].to(self.device)).argmax(1).item() for image, _ in samples]
+        save_labelled(
+            file,
+            [to_pixels(image) for image, _ in samples],
+            [self.class_names[label] for _, label in samples],
+            [self.class_names[label] for label in predictions],
+        )
+
+    @classmethod
+    def add_predict_options(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--top", type=int, default=5, help="how many classes to name, the likeliest first")
+
+    def predict_image(self, image: np.ndarray, options: argparse.Namespace) -> tuple[dict[str, Image.Image], list]:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        pixels = evaluation_transform(self.hparams["image_size"], self.hparams["crop"])(pixels)
+        return self.results(image, self(v2.functional.to_dtype(pixels[None].to(self.device), scale=True))[0], options)
+
+    def results(
+        self, image: np.ndarray, output: Tensor, options: argparse.Namespace
+    ) -> tuple[dict[str, Image.Image], list[dict[str, Any]]]:
+        shares = output.softmax(0)
+        values, labels = shares.topk(min(options.top, len(shares)))
+        names = [self.class_names[label] for label in labels]
+        return {}, [{"class": n, "score": round(v, 4)} for n, v in zip(names, values.tolist(), strict=True)]
+
+    def evaluate(self, batch: Batch, split: str) -> None:
+        images, labels = batch
+        logits = self(images)
+        self.confusion.update(logits.argmax(1), labels)
+        self.among_five.update(logits.topk(min(5, logits.shape[1])).indices == labels[:, None])
+        self.log_loss(f"{split}_loss", F.cross_entropy(logits, labels), len(images))
+
+    def finish(self, split: str) -> dict[str, Tensor]:
+        matrix = self.confusion.compute()  # rows are the truth
+        self.confusion.reset()
+        five = self.among_five.compute()
+        self.among_five.reset()
+        scores = {"top1": matrix.diag().sum() / matrix.sum(), "top5": five / matrix.sum()}
+        right = matrix.diag() / matrix.sum(1)  # nan for a class of which there is no image
+        self.confused = matrix.cpu().numpy()
+        return scores | {f"top1_{name}": share for name, share in zip(self.class_names, right, strict=True)}
+
+    def save_results(self, folder: Path, split: str) -> None:
+        if self.trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            with whole(folder / f"confusion_{split}.png") as unfinished:
+                save_confusion(unfinished, self.confused, self.class_names)
