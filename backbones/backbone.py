@@ -5,15 +5,17 @@ import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
+from huggingface_hub import CommitInfo
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from . import saving
 from .errors import InputError, PluginError
 from .layers import (
     Blocks,
@@ -26,10 +28,8 @@ from .layers import (
     layer_norm_2d,
     pad_to_multiple,
 )
-from .weights import KeyLayout, read_checkpoint
-
-if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
+from .specs import BackboneInfo
+from .weights import KeyLayout, LoadReport, read_checkpoint
 
 __all__ = ["Backbone", "FeatureInfo", "wrap"]
 
@@ -95,6 +95,11 @@ class Backbone(nn.Module, metaclass=_Finished):
 
     stem: nn.Module
     stages: nn.ModuleList
+
+    # What `build_backbone` adds: who the model is, and what became of the weights that it loaded.
+    spec: BackboneInfo
+    canonical_name: str
+    load_report: LoadReport
 
     def __init__(
         self,
@@ -266,20 +271,16 @@ class Backbone(nn.Module, metaclass=_Finished):
         Raises:
             InputError: the model was not built by `build_backbone`, or with an option that JSON cannot hold.
         """
-        from .hub import save_pretrained
+        return saving.save_pretrained(self, folder)
 
-        return save_pretrained(self, folder)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> "CommitInfo":
+    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
         """Uploads what `save_pretrained` writes, for `backbones.from_pretrained(repo_id)`.
 
         Args:
             repo_id: a repository of the Hugging Face Hub; made if need be.
-            **options: `private`, `token`, `revision`, `create_pr`, `commit_message`; see `backbones.hub`.
+            **options: `private`, `token`, `revision`, `create_pr`, `commit_message`; see `backbones.hub.push_to_hub`.
         """
-        from .hub import push_to_hub
-
-        return push_to_hub(self, repo_id, **options)
+        return saving.push_to_hub(self, repo_id, **options)
 
     def train(self, mode: bool = True) -> "Backbone":
         """Training mode for what is neither frozen nor, with `norm_eval`, a BatchNorm."""

@@ -6,17 +6,16 @@ import importlib.util
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import PackageNotFoundError, version
 from inspect import Parameter, isclass, signature
-from numbers import Integral
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from .discovery import Failure, Plugin, describe
 from .errors import InputError, MissingDependency, PluginError
+from .plain import json_values
 from .specs import BackboneSpec
 
 if TYPE_CHECKING:
@@ -46,8 +45,8 @@ def build(plugin: Plugin, spec: BackboneSpec, options: Mapping[str, Any]) -> "Ba
     recorded = json_values(options)  # before a constructor has used up an iterator
     model = _construct(plugin, spec, make, options)
     _check_model(plugin, spec, model, options)
-    model.spec = spec
-    model.canonical_name = plugin.canonical(spec)
+    model.spec = plugin.info(spec)
+    model.canonical_name = model.spec.canonical_name
     kept = options.keys() - model.weight_options
     model.build_options = {name: value for name, value in recorded.items() if name in kept}
     model.unsaved_options = sorted(kept - recorded.keys())
@@ -60,28 +59,6 @@ def build(plugin: Plugin, spec: BackboneSpec, options: Mapping[str, Any]) -> "Ba
         if key not in ("architecture", "num_classes"):  # these say what has just been built
             model.pretrained_cfg[key] = tuple(value) if isinstance(value, list) else value
     return model
-
-
-def json_values(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those options that a JSON file can hold, as it gives them back."""
-    recorded = {}
-    for name, value in options.items():
-        with suppress(TypeError):
-            recorded[name] = plain(value)
-    return recorded
-
-
-def plain(value: Any) -> Any:
-    """A value as a JSON file gives it back; `TypeError` for one that it cannot hold."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, Integral):  # numpy's
-        return int(value)
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {key: plain(v) for key, v in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
-        return [plain(v) for v in value]
-    raise TypeError(f"JSON holds no {type(value).__name__}")
 
 
 def check_entry(spec: BackboneSpec) -> None:

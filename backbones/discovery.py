@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from importlib.metadata import Distribution, EntryPoint, entry_points
 from typing import Any
@@ -14,7 +14,7 @@ import pluggy
 
 from . import hookspecs
 from .errors import IncompatiblePlugin, PluginError, UnknownBackbone
-from .specs import BackboneSpec, is_name
+from .specs import BackboneInfo, BackboneSpec, is_name
 
 GROUP = "backbones"
 APIS = (1,)  # values of BACKBONES_API that this version understands
@@ -49,6 +49,15 @@ class Plugin:
 
     def canonical(self, spec: BackboneSpec) -> str:
         return f"{self.namespace}/{spec.name}"
+
+    def info(self, spec: BackboneSpec) -> BackboneInfo:
+        return BackboneInfo(
+            **{f.name: getattr(spec, f.name) for f in fields(BackboneSpec)},
+            canonical_name=self.canonical(spec),
+            plugin=self.namespace,
+            distribution=self.distribution,
+            version=self.version,
+        )
 
     def add(self, spec: BackboneSpec) -> None:
         self.specs[spec.name] = spec

@@ -5,7 +5,7 @@ import importlib
 import re
 import threading
 import traceback
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -95,13 +95,7 @@ def backbone_info(name: str) -> BackboneInfo:
         AmbiguousBackbone: several third-party plugins have it.
     """
     plugin, spec = _resolve(name)
-    return BackboneInfo(
-        **{f.name: getattr(spec, f.name) for f in fields(BackboneSpec)},
-        canonical_name=plugin.canonical(spec),
-        plugin=plugin.namespace,
-        distribution=plugin.distribution,
-        version=plugin.version,
-    )
+    return plugin.info(spec)
 
 
 def plugins() -> list[PluginInfo]:

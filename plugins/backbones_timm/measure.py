@@ -19,6 +19,7 @@ from backbones import Weights
 from backbones.layers import halve
 
 from . import table
+from .sources import sources
 from .table import Facts, Level
 
 # What timm's models can be told so that they take other sizes, the freest first.
@@ -274,8 +275,6 @@ def _parts(model: nn.Module) -> Any:
 
 
 def _complete(found: dict[str, Any]) -> Facts:
-    from .model import sources
-
     levels = found["levels"]
     return Facts(**found, channels=tuple(s.channels for s in sources(levels, found["blocks"], "simple")))
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 from backbones import build_backbone
-from backbones.building import json_values
 from backbones.errors import InputError
+from backbones.plain import json_values
 from backbones.weights import is_new
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
-from backbones import LoadReport, backbone_info, build_backbone, hub
+from backbones import LoadReport, backbone_info, build_backbone, hub, saving
 from backbones.errors import InputError, WeightsError
 from backbones.weights import read_checkpoint
 
@@ -57,7 +57,7 @@ def save_pretrained(model: HoldsBackbone, folder: str | os.PathLike, *, name: st
     Raises:
         InputError: the model, or its backbone, was built of what JSON cannot hold.
     """
-    return hub.write_folder(model, folder, _config(model), lambda name: model_card(model, name), name)
+    return saving.write_folder(model, folder, _config(model), lambda name: model_card(model, name), name)
 
 
 def push_to_hub(
@@ -78,7 +78,7 @@ def push_to_hub(
         InputError: see `save_pretrained`; nothing has been uploaded then.
     """
     _config(model)  # says what cannot be saved before a repository is made
-    return hub.push_folder(
+    return saving.push_folder(
         lambda folder, name: save_pretrained(model, folder, name=name),
         repo_id,
         commit_message=commit_message,
@@ -121,7 +121,7 @@ def from_pretrained(
     hub.require_fields(saved, hub.BACKBONE_FIELDS, source)
     task = config["task"]
     if task not in _BUILDERS:
-        raise WeightsError(f"{source} is a model for {task!r}, which dense-backbones {version(hub.LIBRARY)} has not")
+        raise WeightsError(f"{source} is a model for {task!r}, which dense-backbones {version(saving.LIBRARY)} has not")
     inner = {**saved["options"], **(backbone or {})}
     if "num_classes" in options and inner.get("features_only") is False:  # the classifier is the backbone's
         inner["num_classes"] = options["num_classes"]
@@ -207,10 +207,10 @@ def model_card(model: HoldsBackbone, name: str) -> str:
         "training": told.get("training"),
         "images": ", ".join(f"{option} {value}" for option, value in told.get("input", {}).items()),
         "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M",
-        "weights": f"backbone {hub.origin(backbone)}",
+        "weights": f"backbone {saving.origin(backbone)}",
         "licence of the backbone's code": info.license or "not stated",
         "options": f"`{json.dumps({k: v for k, v in options.items() if k not in ('architecture', 'num_classes')})}`",
-        "options of the backbone": f"`{json.dumps(hub.backbone_config(backbone)['options'])}`",
+        "options of the backbone": f"`{json.dumps(saving.backbone_config(backbone)['options'])}`",
     }
     table = "".join(f"| {label} | {_cell(value)} |\n" for label, value in rows.items() if value not in (None, ""))
     return f"""---
@@ -219,10 +219,10 @@ def model_card(model: HoldsBackbone, name: str) -> str:
 
 # {title}
 
-A model for {model.task} on `{info.canonical_name}` ({hub.family(info)}), made with dense-backbones.
+A model for {model.task} on `{info.canonical_name}` ({saving.family(info)}), made with dense-backbones.
 
 ```bash
-{hub.installation(info)}
+{saving.installation(info)}
 ```
 
 ```python
@@ -243,13 +243,13 @@ def _config(model: HoldsBackbone) -> dict[str, Any]:
         )
     if model.unsaved_options:
         raise InputError(
-            f"the model for {model.task} was built with {', '.join(model.unsaved_options)}, which {hub.CONFIG} cannot "
-            "hold: only numbers, strings, lists and dicts of them. Save model.state_dict() instead"
+            f"the model for {model.task} was built with {', '.join(model.unsaved_options)}, which {saving.CONFIG} "
+            "cannot hold: only numbers, strings, lists and dicts of them. Save model.state_dict() instead"
         )
     config = {
         "task": model.task,
         "options": model.saved_options(),
-        "backbone": hub.backbone_config(model.inner_backbone),
+        "backbone": saving.backbone_config(model.inner_backbone),
         "metadata": model.metadata,
     }
     try:
@@ -275,7 +275,7 @@ def _load(model: torch.nn.Module, weights: Path, source: str, exactly: bool) -> 
     report.share = sum(size for name, size in sizes.items() if name in report.loaded) / max(1, sum(sizes.values()))
     if exactly and (report.missing or report.mismatched or report.unexpected):
         raise WeightsError(
-            f"{source}: {hub.WEIGHTS} does not hold the weights of the {hub.CONFIG} beside it.\n{report}"
+            f"{source}: {saving.WEIGHTS} does not hold the weights of the {saving.CONFIG} beside it.\n{report}"
         )
     model.load_state_dict({name: state[name] for name in report.loaded}, strict=False)
     return report
@@ -324,7 +324,7 @@ def _front_matter(model: HoldsBackbone, title: str) -> ModelCardData:
         for metric, value in told.get("metrics", {}).items()
     ]
     results = {"eval_results": results, "model_name": title} if results else {}
-    card = hub.front_matter(model.inner_backbone, pipeline_tag=_PIPELINES.get(model.task), **results)
+    card = saving.front_matter(model.inner_backbone, pipeline_tag=_PIPELINES.get(model.task), **results)
     card.tags = [*(tag for tag in card.tags if tag != "backbone"), model.task]
     return card
 
@@ -353,7 +353,7 @@ def _example(model: HoldsBackbone, name: str) -> str:
 def _listing(names: Sequence[str] | Mapping[str, Sequence[str]]) -> str:
     if isinstance(names, Mapping):
         return "; ".join(f"{head}: {_listing(theirs)}" for head, theirs in names.items())
-    more = f" and {len(names) - _LISTED} more, see {hub.CONFIG}" if len(names) > _LISTED else ""
+    more = f" and {len(names) - _LISTED} more, see {saving.CONFIG}" if len(names) > _LISTED else ""
     return f"{len(names)}: {', '.join(names[:_LISTED])}{more}"
 
 

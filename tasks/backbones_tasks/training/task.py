@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from backbones import backbone_info
-from backbones.building import json_values
 from backbones.errors import InputError
+from backbones.plain import json_values
 
 from ..commands.cli import TASKS
 from ..data.images import UNREADABLE, UnreadableImage, read_image
