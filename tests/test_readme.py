@@ -4,6 +4,7 @@ import importlib
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 import backbones
@@ -61,10 +62,17 @@ def test_plugin_of_the_readme_is_a_backbone(tmp_path, monkeypatch):
     assert [tuple(m.shape) for m in model(torch.rand(2, 3, 50, 71))] == [(2, 64, 7, 9), (2, 256, 2, 3)]
 
 
-def test_ci_finds_the_readmes_install_and_test_commands():
-    section = README.split("## Run the tests")[1].split("\n## ")[0]
-    commands = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1].splitlines()
-    assert [command.split()[0] for command in commands] == ["pip", "pytest"]
+@pytest.mark.parametrize(
+    ("section", "last"), [("Train something now", "backbones fit segmentation"), ("Run the tests", "pytest")]
+)
+def test_each_of_the_two_commands_is_complete_by_itself(section, last):
+    """A fresh machine needs nothing else; `.ci/run` takes what the section's one block of bash says."""
+    (command,) = re.findall(r"```bash\n(.*?)```", README.split(f"\n## {section}\n")[1].split("\n## ")[0], re.DOTALL)
+    assert command.count("\n") == 1
+    venv, activate, install, run = command.strip().split(" && ")
+    assert (venv, activate, run) == ("python3 -m venv .venv", ". .venv/bin/activate", last)
+    assert re.fullmatch(r"pip install (-e )?'\.\[train(,test)?\]'", install)
+    assert f'"{section}"' in (ROOT / ".ci" / "run").read_text()
 
 
 def test_table_of_families_is_what_the_command_prints(capsys):
