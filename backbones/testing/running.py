@@ -24,9 +24,9 @@ from timm.layers import DropPath
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from .backbone import Backbone
-from .errors import InputError, PluginError
-from .registry import backbone_info, build_backbone, list_backbones, plugins
+from ..backbone import Backbone
+from ..errors import InputError, PluginError
+from ..registry import backbone_info, build_backbone, list_backbones, plugins
 
 __all__ = [
     "CHECKS",
