@@ -5,10 +5,10 @@ A check takes `build`, a function that returns a fresh backbone for the options 
 tests of pytest; `check_plugin` looks at all that one distribution has installed.
 """
 
+from .common import CheckFailed
 from .running import (
     CHECKS,
     SLOW_CHECKS,
-    CheckFailed,
     CheckResult,
     check_backbone,
     check_plugin,
