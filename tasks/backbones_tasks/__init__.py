@@ -7,15 +7,15 @@ if TYPE_CHECKING:
     from .models.classifier import build_classifier
     from .models.detector import build_detector
     from .models.multitask import build_multitask
+    from .models.pretrained import from_pretrained
     from .models.segmenter import build_segmenter
-    from .models.sharing import from_pretrained
 
 _MODULES = {
     "build_classifier": "models.classifier",
     "build_detector": "models.detector",
     "build_multitask": "models.multitask",
     "build_segmenter": "models.segmenter",
-    "from_pretrained": "models.sharing",
+    "from_pretrained": "models.pretrained",
 }
 
 __all__ = ["build_classifier", "build_detector", "build_multitask", "build_segmenter", "from_pretrained"]

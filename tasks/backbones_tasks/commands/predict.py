@@ -4,9 +4,8 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -14,8 +13,7 @@ from tqdm import tqdm
 from backbones.errors import InputError
 
 from ..data.images import IMAGE_SUFFIXES, UnreadableImage
-from ..training.runs import read_checkpoint
-from ..training.task import Task, find_task
+from ..training.tasks import find_task, load_task
 
 
 def predict(argv: Sequence[str]) -> int:
@@ -59,23 +57,6 @@ def predict(argv: Sequence[str]) -> int:
     for source, error in unreadable.items():
         print(f"not read: {source}: {error}", file=sys.stderr)
     return 1 if unreadable else 0
-
-
-def load_task(checkpoint: Path, name: str | None = None, device: str = "cpu") -> Task:
-    """The trained task in a checkpoint, in eval mode; the checkpoint alone says how to build it.
-
-    Raises:
-        WeightsError: it is missing, truncated, or no checkpoint of a run
-        InputError: it is of another task than the one of this name
-    """
-    return restore_task(read_checkpoint(checkpoint, name)).to(device).eval()
-
-
-def restore_task(content: Mapping[str, Any]) -> Task:
-    """The trained task in the content of a checkpoint."""
-    task = find_task(content["task"])(**content["hyper_parameters"])
-    task.load_state_dict(content["state_dict"])
-    return task
 
 
 def _find_images(path: Path) -> list[tuple[Path, str]]:

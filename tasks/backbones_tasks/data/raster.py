@@ -13,7 +13,7 @@ from PIL import Image
 from backbones.errors import MissingDependency
 
 from ..files import whole
-from ..pictures.pictures import Colour, overlay
+from ..pictures.colours import Colour, overlay
 from .images import UnreadableImage, orientation
 
 CACHE = 64 * 2**20  # bytes that GDAL may keep of files; by default it takes a share of the machine's memory

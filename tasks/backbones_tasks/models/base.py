@@ -1,9 +1,8 @@
 """What models of all tasks share: a backbone by name, options or module, its layers for the optimizer, saving."""
 
-import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,6 +12,8 @@ from backbones import build_backbone
 from backbones.errors import InputError
 from backbones.plain import json_values
 from backbones.weights import is_new
+
+from . import saving
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -68,9 +69,7 @@ class HoldsBackbone:
         Raises:
             InputError: it, or its backbone, was built of what a file cannot hold.
         """
-        from .sharing import save_pretrained
-
-        return save_pretrained(self, folder)
+        return saving.save_pretrained(self, folder)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> "CommitInfo":
         """Uploads what `save_pretrained` writes, for `backbones_tasks.from_pretrained(repo_id)`.
@@ -79,9 +78,7 @@ class HoldsBackbone:
             repo_id: a repository of the Hugging Face Hub; made if need be.
             **options: `private`, `token`, `revision`, `create_pr`, `commit_message`; see `backbones.hub.push_to_hub`.
         """
-        from .sharing import push_to_hub
-
-        return push_to_hub(self, repo_id, **options)
+        return saving.push_to_hub(self, repo_id, **options)
 
 
 def recorded(model: HoldsBackbone, task: str, **options: Any) -> Any:
@@ -119,14 +116,6 @@ def backbone_options(backbone: str | Mapping[str, Any], owner: str) -> dict[str,
     if "name" not in options:
         raise InputError(f'{owner}: the backbone options {sorted(options)} lack "name"')
     return options
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """What an error says about an unknown name: the nearest one, and all that there are."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}There are {', '.join(known)}"
 
 
 def _prefixed(path: str, pattern: Any) -> Any:

@@ -9,7 +9,8 @@ from torch import nn
 from backbones import Backbone, build_backbone
 from backbones.errors import InputError
 
-from .base import BackboneLike, HoldsBackbone, backbone_options, make_backbone, nearest, recorded
+from ..options import nearest
+from .base import BackboneLike, HoldsBackbone, backbone_options, make_backbone, recorded
 
 #: Pooling as users call it, and as timm's classifiers do.
 POOLS = {"avg": "avg", "cls": "token", "both": "both", "max": "max"}

@@ -15,8 +15,9 @@ from backbones import FeatureInfo, backbone_info
 from backbones.errors import InputError
 from backbones.layers import ceil_div, crop_to
 
+from ..options import nearest
 from . import classifier, detector, segmenter
-from .base import BackboneLike, HoldsBackbone, backbone_options, make_backbone, nearest, recorded
+from .base import BackboneLike, HoldsBackbone, backbone_options, make_backbone, recorded
 from .smp import resize
 
 #: What builds a head of each task, and tells which of the backbone's maps it takes unless told.

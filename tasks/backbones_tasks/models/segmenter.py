@@ -13,7 +13,8 @@ from torchvision.models.segmentation.fcn import FCNHead
 from backbones.errors import InputError
 from backbones.layers import crop_to, pad_to_multiple
 
-from .base import BackboneLike, HoldsBackbone, make_backbone, nearest, recorded
+from ..options import nearest
+from .base import BackboneLike, HoldsBackbone, make_backbone, recorded
 from .smp import Levels, named, resize
 
 ARCHITECTURES = (

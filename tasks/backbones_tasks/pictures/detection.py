@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .pictures import Colour, palette
+from .colours import Colour, palette
 
 
 @dataclass(frozen=True, eq=False)

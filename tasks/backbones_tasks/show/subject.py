@@ -13,7 +13,7 @@ from torch import Tensor
 from backbones import Backbone, build_backbone
 from backbones.errors import InputError
 
-from ..commands.cli import key_values
+from ..options import key_values
 from .photo import Photo
 
 

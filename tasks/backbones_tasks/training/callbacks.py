@@ -18,7 +18,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor
 
 from ..files import is_sharded, read_checkpoint, whole
-from ..pictures.pictures import save_curves
+from ..pictures.curves import save_curves
 from .sharding import FullySharded
 
 PICTURED = 6  # validation images in predictions.png

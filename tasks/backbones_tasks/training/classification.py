@@ -21,7 +21,7 @@ from ..data.classification import ClassificationData, evaluation_transform
 from ..data.images import to_pixels
 from ..files import whole
 from ..models.classifier import build_classifier, map_indices
-from ..pictures.pictures import save_confusion, save_labelled
+from ..pictures.classification import save_confusion, save_labelled
 from .task import Normalise, Task
 
 Batch = tuple[Tensor, Tensor]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from backbones.errors import InputError
 
-from ..models.base import nearest
+from ..options import nearest
 
 
 class CrossEntropyLoss(nn.Module):

@@ -17,10 +17,16 @@ from backbones.errors import InputError
 
 from ..data.loading import DataModule
 from ..models.multitask import check_names, find_kind
-from .command_line import explain
-from .task import Task, find_task
+from ..options import explain
+from .classification import ClassificationTask
+from .detection import DetectionTask
+from .segmentation import SegmentationTask
+from .task import Task
 
 Order = Literal["proportional", "round_robin", "mixed"]
+
+#: What a head can be trained for.
+_TASKS: dict[str, type[Task]] = {task.name: task for task in (SegmentationTask, ClassificationTask, DetectionTask)}
 
 #: What is trained unless told.
 HEADS = {"det": {"task": "detection"}, "seg": {"task": "segmentation"}}
@@ -74,7 +80,7 @@ def _read_head(name: str, options: Any, data: Any) -> Head:
     find_kind(name, kind)
     if not isinstance(weight, (int, float)) or weight <= 0:
         raise InputError(f"model.heads.{name}.weight={weight!r} must be over 0")
-    task = find_task(kind)
+    task = _TASKS[kind]
     common = {*inspect.signature(Task.__init__).parameters, "backbone", *task.linked, *task.alone}
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(task, "model", skip=common - {"self"}, instantiate=False)
@@ -124,7 +130,7 @@ class MultiTaskData(LightningDataModule):
         told = heads or {}
         options = {name: own.get(name, {}) | dict(told.get(name) or {}) for name in {**own, **told}}
         self.parts: dict[str, DataModule] = {n: head.data() for n, head in read_heads(tasks, options).items()}
-        linked = {name: find_task(tasks[name]["task"]).linked for name in tasks}
+        linked = {name: _TASKS[tasks[name]["task"]].linked for name in tasks}
         #: What the data of each head decide about its model.
         self.facts = {name: {fact: getattr(self.parts[name], fact) for fact in linked[name]} for name in tasks}
         self.order, self.root = order, next((part.root for part in self.parts.values() if root), None)

@@ -18,7 +18,8 @@ from ..data.images import UnreadableImage, is_large, to_pixels
 from ..data.raster import Raster
 from ..data.segmentation import SegmentationData
 from ..models.segmenter import build_segmenter, find_architecture, map_indices
-from ..pictures.pictures import index_png, overlay, palette, save_predictions
+from ..pictures.colours import index_png, overlay, palette
+from ..pictures.segmentation import save_predictions
 from .inference import MIN_WINDOW, Inference, average
 from .losses import SegmentationLoss, balanced_weights
 from .sliding import slide

@@ -3,7 +3,6 @@
 import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,14 +22,13 @@ from backbones import backbone_info
 from backbones.errors import InputError
 from backbones.plain import json_values
 
-from ..commands.cli import TASKS
 from ..data.images import UNREADABLE, UnreadableImage, read_image
 from ..data.loading import mix
-from ..models.base import nearest
+from ..options import nearest
 
 
 class Task(LightningModule):
-    """A model and all that its training needs; one subclass for each of `cli.TASKS`.
+    """A model and all that its training needs; one subclass for each of `training.tasks.TASKS`.
 
     Args:
         optimizer: one of timm's, by name
@@ -403,9 +401,3 @@ class Normalise(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return ((images - self.mean) / self.std).to(self.mean.dtype)  # as the weights, bf16-true among them
-
-
-def find_task(name: str) -> type[Task]:
-    """The class of a task of `cli.TASKS`."""
-    module, _, attribute = TASKS[name].partition(":")
-    return getattr(import_module(module), attribute)

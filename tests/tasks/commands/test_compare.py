@@ -14,8 +14,8 @@ from PIL import Image
 from run_files import same, weights
 
 from backbones.cli import bench, main
-from backbones_tasks.commands import compare
-from backbones_tasks.pictures.pictures import _unbeaten, save_tradeoff
+from backbones_tasks.commands import comparison
+from backbones_tasks.pictures.tradeoff import _unbeaten, save_tradeoff
 from backbones_tasks.training.callbacks import read_metrics
 from backbones_tasks.training.segmentation import SegmentationTask
 
@@ -51,8 +51,8 @@ def started(monkeypatch):
         except Exception as error:
             return str(error)
 
-    monkeypatch.setattr(compare, "_in_process", run)
-    monkeypatch.setattr(compare, "SECONDS", 0.05)
+    monkeypatch.setattr(comparison, "_in_process", run)
+    monkeypatch.setattr(comparison, "SECONDS", 0.05)
     monkeypatch.setattr(bench, "_peak_memory", lambda case: 12.5)  # takes a process of its own
     return runs
 
@@ -214,12 +214,12 @@ def test_detectors_and_classifiers_are_compared_by_their_own_scores(started):
     ],
 )
 def test_why_a_process_failed_is_told_in_a_line(code, printed, reason):
-    assert compare._reason(code, printed) == reason
+    assert comparison._reason(code, printed) == reason
 
 
 def test_a_process_is_heard_and_its_end_is_told(tmp_path, capsys):
     log = tmp_path / "log.txt"
-    assert compare._in_process(["info", "no_such_backbone"], log).startswith("there is no backbone 'no_such")
+    assert comparison._in_process(["info", "no_such_backbone"], log).startswith("there is no backbone 'no_such")
     assert "no_such_backbone" in log.read_text()
     assert "  backbones: error: " in capsys.readouterr().out
 

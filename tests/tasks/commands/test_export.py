@@ -18,8 +18,9 @@ from backbones.cli import main
 from backbones.discovery import Plugin
 from backbones.layers.padding import is_exporting
 from backbones_tasks import build_classifier, build_detector, build_segmenter
-from backbones_tasks.commands import export as module
-from backbones_tasks.commands.export import ExportError, adaptive_avg_pool2d, export_model, load_source
+from backbones_tasks.commands.export import load_source
+from backbones_tasks.models import export as module
+from backbones_tasks.models.export import ExportError, adaptive_avg_pool2d, export_model
 
 onnx = pytest.importorskip("onnx", reason="needs the extra [export]")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra [export]")
@@ -191,7 +192,8 @@ def test_detectors_are_refused_by_name(tmp_path):
 
 
 def test_plain_backbones_need_nothing_for_training():
-    code = "import sys; sys.modules['pytorch_lightning'] = None; import backbones_tasks.export, backbones_tasks.sharing"
+    modules = "backbones_tasks.commands.export, backbones_tasks.models.pretrained"
+    code = f"import sys; sys.modules['pytorch_lightning'] = None; import {modules}"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

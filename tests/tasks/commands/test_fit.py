@@ -17,12 +17,12 @@ from PIL import Image
 from run_files import rows, same, weights
 
 from backbones.cli import main
-from backbones_tasks.commands.predict import load_task
+from backbones_tasks.commands.command_line import CommandLine
 from backbones_tasks.data.segmentation import ShapesDataset
 from backbones_tasks.training.callbacks import AtomicCheckpointIO, read_metrics
 from backbones_tasks.training.classification import ClassificationTask
-from backbones_tasks.training.command_line import CommandLine
 from backbones_tasks.training.segmentation import SegmentationTask
+from backbones_tasks.training.tasks import load_task
 
 pytestmark = pytest.mark.usefixtures("workplace")
 

@@ -5,16 +5,11 @@ import pytest
 import torch
 
 from backbones.errors import InputError, WeightsError
-from backbones_tasks.commands.predict import load_task, predict
-from backbones_tasks.pictures.pictures import (
-    IGNORED,
-    colourise,
-    index_png,
-    overlay,
-    palette,
-    save_curves,
-    save_predictions,
-)
+from backbones_tasks.commands.predict import predict
+from backbones_tasks.pictures.colours import IGNORED, colourise, index_png, overlay, palette
+from backbones_tasks.pictures.curves import save_curves
+from backbones_tasks.pictures.segmentation import save_predictions
+from backbones_tasks.training.tasks import load_task
 
 
 def test_palette_tells_classes_apart():

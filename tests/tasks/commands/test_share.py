@@ -21,8 +21,8 @@ from backbones_tasks import (
     build_segmenter,
     from_pretrained,
 )
-from backbones_tasks.commands.predict import load_task
-from backbones_tasks.models.sharing import share
+from backbones_tasks.commands.share import share
+from backbones_tasks.training.tasks import load_task
 
 SMALL = {"name": "mobilevit_xxs", "drop_path_rate": 0.1}
 IMAGES = torch.rand(2, 3, 50, 70, generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ from backbones.errors import MissingDependency
 from backbones_tasks.data import raster as raster_module
 from backbones_tasks.data.images import UnreadableImage, is_large, orientation, read_image
 from backbones_tasks.data.raster import Raster
-from backbones_tasks.pictures.pictures import palette
+from backbones_tasks.pictures.colours import palette
 from backbones_tasks.training.callbacks import AtomicCheckpointIO
 from backbones_tasks.training.segmentation import SegmentationTask
 

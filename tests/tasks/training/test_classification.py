@@ -10,9 +10,9 @@ from PIL import Image
 from run_files import rows, weights
 
 from backbones.cli import main
-from backbones_tasks.commands.predict import load_task
-from backbones_tasks.pictures.pictures import save_confusion
+from backbones_tasks.pictures.classification import save_confusion
 from backbones_tasks.training.classification import ClassificationTask
+from backbones_tasks.training.tasks import load_task
 
 pytestmark = pytest.mark.usefixtures("workplace")
 

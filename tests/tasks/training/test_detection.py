@@ -14,11 +14,11 @@ from pycocotools.cocoeval import COCOeval
 from run_files import rows, weights
 
 from backbones.cli import main
-from backbones_tasks.commands.predict import load_task
 from backbones_tasks.data import rle
 from backbones_tasks.data.shapes import CLASSES, draw_scene
 from backbones_tasks.pictures.detection import Objects, draw_objects, save_objects
 from backbones_tasks.training.detection import DetectionTask
+from backbones_tasks.training.tasks import load_task
 
 NARROW = "{fpn_channels: 16, box_channels: 32, mask_channels: 8, box_batch_size_per_image: 16, detections_per_img: 20}"
 pytestmark = pytest.mark.usefixtures("workplace")

@@ -21,10 +21,10 @@ from backbones import build_backbone
 from backbones.cli import main
 from backbones.errors import InputError, WeightsError
 from backbones_tasks import build_detector, build_segmenter, files
-from backbones_tasks.commands.predict import load_task
 from backbones_tasks.training import runs, sharding
 from backbones_tasks.training.callbacks import AtomicCheckpointIO, SyncedNorms
 from backbones_tasks.training.segmentation import SegmentationTask
+from backbones_tasks.training.tasks import load_task
 
 pytestmark = pytest.mark.usefixtures("workplace")
 

@@ -12,16 +12,16 @@ from run_files import rows, weights
 from backbones import Backbone
 from backbones.cli import main
 from backbones_tasks import from_pretrained
-from backbones_tasks.commands.predict import load_task
-from backbones_tasks.models.sharing import share
+from backbones_tasks.commands.command_line import CommandLine
+from backbones_tasks.commands.share import share
 from backbones_tasks.training import multitask
 from backbones_tasks.training.callbacks import AveragedWeights, find_unused
 from backbones_tasks.training.classification import ClassificationTask
-from backbones_tasks.training.command_line import CommandLine
 from backbones_tasks.training.detection import DetectionTask
 from backbones_tasks.training.multitask import MultiTask
 from backbones_tasks.training.multitask_data import HeadBatches, MultiTaskData
 from backbones_tasks.training.segmentation import SegmentationTask
+from backbones_tasks.training.tasks import load_task
 
 pytestmark = pytest.mark.usefixtures("workplace")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from backbones.cli import main
-from backbones_tasks.commands.predict import load_task
-from backbones_tasks.training.command_line import CommandLine
+from backbones_tasks.commands.command_line import CommandLine
+from backbones_tasks.training.tasks import load_task
 
 pytestmark = pytest.mark.usefixtures("workplace")
 

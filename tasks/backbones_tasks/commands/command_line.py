@@ -1,26 +1,23 @@
 """`backbones fit | validate | test TASK`: Lightning's command line, run folders, resuming."""
 
 import argparse
-import difflib
 import json
 import re
-import shlex
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
 import torch
-from pytorch_lightning import LightningDataModule, Trainer
+from pytorch_lightning import Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from backbones.errors import InputError
 
-from ..data.folders import IMAGE_FOLDERS
-from ..files import is_checkpoint, whole
-from .callbacks import (
+from ..files import whole
+from ..options import explain
+from ..training.callbacks import (
     AtomicCheckpointIO,
     AveragedWeights,
     EpochLog,
@@ -29,12 +26,9 @@ from .callbacks import (
     SyncedNorms,
     Unfreezing,
     checkpoints,
-    quiet,
-    read_metrics,
 )
-from .runs import is_run, new_run, newest_run, read_checkpoint, told_once
-from .sharding import FullySharded
-from .task import Task, find_task
+from ..training.sharding import FullySharded
+from ..training.task import Task
 
 SHORTHANDS = {"--backbone": "--model.backbone", "--data": "--data.root"}
 EPILOG = (
@@ -43,72 +37,6 @@ EPILOG = (
     "--ckpt_path last (or best, or a file) goes on with a run: the newest, or the one in --out. "
     "--print_groups prints the learning rate and weight decay of every parameter instead of training."
 )
-
-
-def run_training(command: str, name: str, argv: Sequence[str]) -> int:
-    """Run fit, validate or test for a task; returns the exit code.
-
-    Raises:
-        InputError: a key, a backbone, a folder or data that cannot be used; all but faulty data are refused before
-            anything is read or built
-    """
-    quiet()
-    own, rest = own_options(argv)
-    task = find_task(name)
-    with told_once():
-        return _fit(task, own, rest) if command == "fit" else _evaluate(command, task, own, rest)
-
-
-def _fit(task: type[Task], own: argparse.Namespace, argv: list[str]) -> int:
-    run, checkpoint = _find_run(task.name, own)
-    if run is not None and (run / "config.yaml").is_file() and not own.has_config:
-        argv = ["--config", str(run / "config.yaml"), *argv]
-    if own.print_groups:
-        print_groups(CommandLine("fit", task, argv).model)
-        return 0
-    trained = None if checkpoint is None else read_checkpoint(checkpoint, task.name)["hyper_parameters"]
-    cli = CommandLine("fit", task, argv, lambda nodes: run or new_run(task.name, own.out, nodes), trained)
-    run, trainer = cli.run_folder, cli.trainer
-    if trainer.is_global_zero:
-        write_config(cli, run / "config.yaml")
-        print(f"{cli.describe()}\nrun folder: {run}", flush=True)
-        if own.ckpt_path is not None:
-            print(
-                "starting anew: this run has no checkpoint yet" if checkpoint is None else f"going on from {checkpoint}"
-            )
-    try:
-        trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
-    except Exception:
-        _end_others(trainer)
-        raise
-    if trainer.is_global_zero and not trainer.fast_dev_run:
-        report(run, cli.model, cli.datamodule)
-    return 0
-
-
-def _evaluate(command: str, task: type[Task], own: argparse.Namespace, argv: list[str]) -> int:
-    if own.ckpt_path is None:
-        raise InputError(f"backbones {command} needs --ckpt_path: best, last, or a checkpoint file")
-    checkpoint = Path(own.ckpt_path)
-    if own.ckpt_path in ("best", "last"):
-        checkpoint = (Path(own.out) if own.out else newest_run(task.name)) / "checkpoints" / f"{own.ckpt_path}.ckpt"
-    trained = read_checkpoint(checkpoint, task.name)["hyper_parameters"]
-    argv = [*as_trained(task, checkpoint, trained, not own.has_config), *argv]
-    cli = CommandLine(command, task, argv, trained=trained)
-    if cli.datamodule.class_names != trained["class_names"]:
-        raise InputError(
-            f"{checkpoint} was trained on the classes {', '.join(trained['class_names'])}, but the data have "
-            f"{', '.join(cli.datamodule.class_names)}"
-        )
-    if is_run(checkpoint.parent.parent):
-        cli.model.folder = checkpoint.parent.parent
-    measure = cli.trainer.validate if command == "validate" else cli.trainer.test
-    measure(cli.model, cli.datamodule, ckpt_path=str(checkpoint), weights_only=True, verbose=False)
-    if cli.trainer.is_global_zero:
-        values = {name: value.item() for name, value in cli.trainer.callback_metrics.items()}
-        width = max(map(len, values))
-        print(checkpoint, *(f"  {name:{width}}  {value:.4f}" for name, value in values.items()), sep="\n")
-    return 0
 
 
 def as_trained(task: type[Task], checkpoint: Path, trained: Mapping[str, Any], with_config: bool = True) -> list[str]:
@@ -254,52 +182,6 @@ def write_config(cli: CommandLine, file: Path) -> None:
         cli.parser.save(cli.config, unfinished, skip_none=False, overwrite=True)
 
 
-def print_groups(task: Task) -> None:
-    """Print the optimizer's groups: learning rate at its highest, weight decay, parameters and their names."""
-    names = {parameter: name for name, parameter in task.model.named_parameters()}
-    print(f"{'lr':>9}  {'decay':>5}  {'tensors':>7}  {'parameters':>11}  names")
-    rates = [(g["lr"] * g.get("lr_scale", 1.0), g["weight_decay"], g) for g in task.make_optimizer().param_groups]
-    for rate, _, group in sorted(rates, key=lambda row: row[:2]):
-        numbers = sum(p.numel() for p in group["params"])
-        shown = _shortened([names[p] for p in group["params"]])
-        print(f"{rate:9.2e}  {group['weight_decay']:5.2f}  {len(group['params']):7}  {numbers:11,}  {shown}")
-    frozen = [name for parameter, name in names.items() if not parameter.requires_grad]
-    if frozen:
-        print(f"{'frozen':>9}  {'':5}  {len(frozen):7}  {'':11}  {_shortened(frozen)}")
-
-
-def _shortened(names: list[str], most: int = 4) -> str:
-    """The numbered modules that parameters belong to, each once: `stages.0.blocks.1` for all that is in it."""
-    owners = list(dict.fromkeys(re.sub(r"^(.*\.\d+)\..*|\.(?:weight|bias)$", r"\1", name) for name in names))
-    more = f" and {len(owners) - most} more" if len(owners) > most else ""
-    return ", ".join(owners[:most]) + more
-
-
-def report(run: Path, task: Task, data: LightningDataModule) -> None:
-    """Say in plain words what came out, where it is, and what to type next."""
-    rows = [row for row in read_metrics(run / "metrics.csv") if row[task.metric]]
-    if rows:
-        best = max(rows, key=lambda row: float(row[task.metric]))
-        print(f"\nbest {task.metric} on unseen images: {float(best[task.metric]):.3f} (epoch {int(best['epoch']) + 1})")
-    print(f"pictures: {run / 'predictions.png'} (truth and prediction), {run / 'curves.png'}")
-    print(f"metrics, config, checkpoints: {run}")
-    images = "DIR"
-    if data.root:
-        images = next((data.root / name for name in IMAGE_FOLDERS if (data.root / name).is_dir()), data.root)
-    checkpoint = "best.ckpt" if rows else "last.ckpt"  # nothing was measured if training ended within its first epoch
-    command = ["--ckpt", run / "checkpoints" / checkpoint, "--images", images, "--out", run / "labelled"]
-    print(f"label your own images: backbones predict {task.name} {shlex.join(map(str, command))}")
-
-
-def _end_others(trainer: Trainer) -> None:
-    """End the processes that this one has started: what they wait for will not come."""
-    for process in getattr(trainer.strategy.launcher, "procs", []):
-        try:
-            process.wait(10)  # it may be about to tell what went wrong
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
 def own_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Take out the options of `backbones fit` that are not Lightning's, and write shorthands in full."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -310,36 +192,3 @@ def own_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     rest = [re.sub(r"^(--backbone|--data)(?==|$)", lambda match: SHORTHANDS[match[1]], argument) for argument in rest]
     own.has_config = any(re.match(r"(-c|--config)(=|$)", argument) for argument in rest)
     return own, rest
-
-
-def _find_run(task: str, own: argparse.Namespace) -> tuple[Path | None, Path | None]:
-    """The run folder and the checkpoint to go on with; None for a new one."""
-    if own.ckpt_path is None:
-        return None, None
-    if own.ckpt_path in ("best", "last"):
-        run = Path(own.out) if own.out else newest_run(task)
-        if not is_run(run):
-            raise InputError(f"{run} holds no run to go on with")
-        checkpoint = run / "checkpoints" / f"{own.ckpt_path}.ckpt"
-        if not is_checkpoint(checkpoint):  # killed within its first epoch
-            return run, None
-    else:
-        checkpoint = Path(own.ckpt_path)
-        run = checkpoint.parent.parent
-        if not is_run(run) or (own.out is not None and Path(own.out).resolve() != run.resolve()):
-            run = None  # a new run that begins with the state of another
-    return run, checkpoint
-
-
-def explain(message: str, parser: LightningArgumentParser) -> str:
-    """The parser's message, with the nearest option where one is unknown."""
-    unknown = re.search(r"unrecognized arguments: (?:--)?([\w.]+)", message)
-    in_group = re.search(r"[Gg]roup '([\w.]+)' does not accept option '([\w.]+)'", message)
-    key = re.search(r"(?:[Oo]ption|[Kk]ey) '([\w.]+)' is not (?:accepted|expected)", message)
-    if not (unknown or in_group or key):
-        return message
-    name = f"{in_group[1]}.{in_group[2]}" if in_group else (unknown or key)[1]
-    known = {action.dest for action in parser._actions} | {"backbone", "data", "out", "ckpt_path"}
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'?" if near else "--help lists all options"
-    return f"unknown option {name!r}; {hint}"

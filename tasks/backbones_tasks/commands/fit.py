@@ -1,0 +1,128 @@
+"""`backbones fit TASK`: train a model into a run folder, or go on with one."""
+
+import argparse
+import re
+import shlex
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from pytorch_lightning import LightningDataModule, Trainer
+
+from backbones.errors import InputError
+
+from ..data.folders import IMAGE_FOLDERS
+from ..files import is_checkpoint
+from ..training.callbacks import (
+    quiet,
+    read_metrics,
+)
+from ..training.runs import is_run, new_run, newest_run, read_checkpoint, told_once
+from ..training.task import Task
+from ..training.tasks import find_task
+from .command_line import CommandLine, own_options, write_config
+
+
+def run_fit(name: str, argv: Sequence[str]) -> int:
+    """Train a model for a task; returns the exit code.
+
+    Raises:
+        InputError: a key, a backbone, a folder or data that cannot be used; all but faulty data are refused before
+            anything is read or built
+    """
+    quiet()
+    own, rest = own_options(argv)
+    with told_once():
+        return _fit(find_task(name), own, rest)
+
+
+def _fit(task: type[Task], own: argparse.Namespace, argv: list[str]) -> int:
+    run, checkpoint = _find_run(task.name, own)
+    if run is not None and (run / "config.yaml").is_file() and not own.has_config:
+        argv = ["--config", str(run / "config.yaml"), *argv]
+    if own.print_groups:
+        print_groups(CommandLine("fit", task, argv).model)
+        return 0
+    trained = None if checkpoint is None else read_checkpoint(checkpoint, task.name)["hyper_parameters"]
+    cli = CommandLine("fit", task, argv, lambda nodes: run or new_run(task.name, own.out, nodes), trained)
+    run, trainer = cli.run_folder, cli.trainer
+    if trainer.is_global_zero:
+        write_config(cli, run / "config.yaml")
+        print(f"{cli.describe()}\nrun folder: {run}", flush=True)
+        if own.ckpt_path is not None:
+            print(
+                "starting anew: this run has no checkpoint yet" if checkpoint is None else f"going on from {checkpoint}"
+            )
+    try:
+        trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+    except Exception:
+        _end_others(trainer)
+        raise
+    if trainer.is_global_zero and not trainer.fast_dev_run:
+        report(run, cli.model, cli.datamodule)
+    return 0
+
+
+def print_groups(task: Task) -> None:
+    """Print the optimizer's groups: learning rate at its highest, weight decay, parameters and their names."""
+    names = {parameter: name for name, parameter in task.model.named_parameters()}
+    print(f"{'lr':>9}  {'decay':>5}  {'tensors':>7}  {'parameters':>11}  names")
+    rates = [(g["lr"] * g.get("lr_scale", 1.0), g["weight_decay"], g) for g in task.make_optimizer().param_groups]
+    for rate, _, group in sorted(rates, key=lambda row: row[:2]):
+        numbers = sum(p.numel() for p in group["params"])
+        shown = _shortened([names[p] for p in group["params"]])
+        print(f"{rate:9.2e}  {group['weight_decay']:5.2f}  {len(group['params']):7}  {numbers:11,}  {shown}")
+    frozen = [name for parameter, name in names.items() if not parameter.requires_grad]
+    if frozen:
+        print(f"{'frozen':>9}  {'':5}  {len(frozen):7}  {'':11}  {_shortened(frozen)}")
+
+
+def _shortened(names: list[str], most: int = 4) -> str:
+    """The numbered modules that parameters belong to, each once: `stages.0.blocks.1` for all that is in it."""
+    owners = list(dict.fromkeys(re.sub(r"^(.*\.\d+)\..*|\.(?:weight|bias)$", r"\1", name) for name in names))
+    more = f" and {len(owners) - most} more" if len(owners) > most else ""
+    return ", ".join(owners[:most]) + more
+
+
+def report(run: Path, task: Task, data: LightningDataModule) -> None:
+    """Say in plain words what came out, where it is, and what to type next."""
+    rows = [row for row in read_metrics(run / "metrics.csv") if row[task.metric]]
+    if rows:
+        best = max(rows, key=lambda row: float(row[task.metric]))
+        print(f"\nbest {task.metric} on unseen images: {float(best[task.metric]):.3f} (epoch {int(best['epoch']) + 1})")
+    print(f"pictures: {run / 'predictions.png'} (truth and prediction), {run / 'curves.png'}")
+    print(f"metrics, config, checkpoints: {run}")
+    images = "DIR"
+    if data.root:
+        images = next((data.root / name for name in IMAGE_FOLDERS if (data.root / name).is_dir()), data.root)
+    checkpoint = "best.ckpt" if rows else "last.ckpt"  # nothing was measured if training ended within its first epoch
+    command = ["--ckpt", run / "checkpoints" / checkpoint, "--images", images, "--out", run / "labelled"]
+    print(f"label your own images: backbones predict {task.name} {shlex.join(map(str, command))}")
+
+
+def _end_others(trainer: Trainer) -> None:
+    """End the processes that this one has started: what they wait for will not come."""
+    for process in getattr(trainer.strategy.launcher, "procs", []):
+        try:
+            process.wait(10)  # it may be about to tell what went wrong
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _find_run(task: str, own: argparse.Namespace) -> tuple[Path | None, Path | None]:
+    """The run folder and the checkpoint to go on with; None for a new one."""
+    if own.ckpt_path is None:
+        return None, None
+    if own.ckpt_path in ("best", "last"):
+        run = Path(own.out) if own.out else newest_run(task)
+        if not is_run(run):
+            raise InputError(f"{run} holds no run to go on with")
+        checkpoint = run / "checkpoints" / f"{own.ckpt_path}.ckpt"
+        if not is_checkpoint(checkpoint):  # killed within its first epoch
+            return run, None
+    else:
+        checkpoint = Path(own.ckpt_path)
+        run = checkpoint.parent.parent
+        if not is_run(run) or (own.out is not None and Path(own.out).resolve() != run.resolve()):
+            run = None  # a new run that begins with the state of another
+    return run, checkpoint

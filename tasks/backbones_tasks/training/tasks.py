@@ -1,0 +1,77 @@
+"""Tasks by name, and the trained ones in checkpoints."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..models.base import HoldsBackbone
+from .callbacks import read_metrics
+from .classification import ClassificationTask
+from .detection import DetectionTask
+from .multitask import MultiTask
+from .runs import read_checkpoint
+from .segmentation import SegmentationTask
+from .task import Task
+
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (SegmentationTask, ClassificationTask, DetectionTask, MultiTask)
+}
+
+
+def find_task(name: str) -> type[Task]:
+    """The class of a task."""
+    return TASKS[name]
+
+
+def load_task(checkpoint: Path, name: str | None = None, device: str = "cpu") -> Task:
+    """The trained task in a checkpoint, in eval mode; the checkpoint alone says how to build it.
+
+    Raises:
+        WeightsError: it is missing, truncated, or no checkpoint of a run
+        InputError: it is of another task than the one of this name
+    """
+    return restore_task(read_checkpoint(checkpoint, name)).to(device).eval()
+
+
+def restore_task(content: Mapping[str, Any]) -> Task:
+    """The trained task in the content of a checkpoint."""
+    task = find_task(content["task"])(**content["hyper_parameters"])
+    task.load_state_dict(content["state_dict"])
+    return task
+
+
+def load_model(checkpoint: Path) -> HoldsBackbone:
+    """The trained model in a checkpoint of `backbones fit`, in eval mode, with what its run tells in `metadata`."""
+    content = read_checkpoint(checkpoint)
+    task = restore_task(content).eval()
+    task.model.metadata = _facts(task, content["epoch"], checkpoint.absolute().parent.parent)
+    return task.model
+
+
+def _facts(task: Any, epoch: int, run: Path) -> dict[str, Any]:
+    """What a checkpoint of an epoch and its run tell: classes, data, metrics and recipe, no private paths."""
+    options = task.hparams
+    facts: dict[str, Any] = {"class_names": task.class_names}
+    if root := _data_root(run / "config.yaml"):
+        facts["data"] = root
+    for row in read_metrics(run / "metrics.csv"):
+        if int(row["epoch"]) == epoch:
+            scores = {name: float(row[name]) for name in task.scores if row.get(name)}
+            facts["metrics"] = {name: score for name, score in scores.items() if math.isfinite(score)}
+    recipe = [f"{epoch + 1} epoch{'s' if epoch else ''}", options["optimizer"], f"learning rate {options['lr']:g}"]
+    facts["training"] = ", ".join(recipe)
+    facts["input"] = {name: options[name] for name in ("image_size", "crop") if options.get(name)}
+    return {name: value for name, value in facts.items() if value}
+
+
+def _data_root(config: Path) -> str | None:
+    """What a run was trained on, by the name of its folder."""
+    if not config.is_file():
+        return None
+    data = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("data") or {}
+    if "root" not in data:
+        return None
+    return Path(data["root"]).expanduser().resolve().name if data["root"] else "coloured shapes, drawn on the fly"
