@@ -140,8 +140,8 @@ def _config(model: TaskModel) -> dict[str, Any]:
         )
     if model.unsaved_options:
         raise InputError(
-            f"the model for {model.task} was built with {', '.join(model.unsaved_options)}, which {saving.CONFIG} cannot "
-            "hold: only numbers, strings, lists and dicts of them. Save model.state_dict() instead"
+            f"the model for {model.task} was built with {', '.join(model.unsaved_options)}, which {saving.CONFIG} "
+            "cannot hold: only numbers, strings, lists and dicts of them. Save model.state_dict() instead"
         )
     config = {
         "task": model.task,
