@@ -68,7 +68,7 @@ def check_entry(spec: BackboneSpec) -> None:
     if found is None:
         raise PluginError(f"entry {spec.entry!r} of backbone {spec.name!r}: there is no module {module!r}")
     try:
-        source = found.loader.get_source(module)
+        source = found.loader.get_source(module)  # type: ignore[union-attr]
     except Exception:  # an extension module, for one, has no source to look at
         return
     name = attribute.partition(".")[0]
@@ -78,9 +78,10 @@ def check_entry(spec: BackboneSpec) -> None:
 
 def _find_module(module: str) -> ModuleSpec | None:
     """What `importlib.util.find_spec` finds, without importing the parents, which may import torch."""
-    spec, name = None, ""
+    spec: ModuleSpec | None = None
+    name = ""
     for part in module.split("."):
-        if name and spec.submodule_search_locations is None:
+        if spec is not None and spec.submodule_search_locations is None:
             return None
         name = f"{name}.{part}".lstrip(".")
         if name in sys.modules:
@@ -150,7 +151,7 @@ def _no_such_option(canonical_name: str, option: str, make: Callable[..., Any]) 
 
 def _options(make: Callable[..., Any]) -> set[str]:
     """Keyword arguments of a function, or of a class and the bases it hands the rest of its keywords to."""
-    callables = [c.__init__ for c in make.__mro__ if "__init__" in vars(c)] if isclass(make) else [make]
+    callables = [vars(c)["__init__"] for c in make.__mro__ if "__init__" in vars(c)] if isclass(make) else [make]
     names = {"pretrained", "pretrained_cfg"}
     for each in callables:
         parameters = signature(each).parameters.values()

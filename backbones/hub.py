@@ -29,7 +29,7 @@ BACKBONE_FIELDS = {"backbone": str, "options": dict, "distribution": str, "distr
 
 
 def from_pretrained(
-    source: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None, **options: Any
+    source: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None, **options: Any
 ) -> "Backbone":
     """Build a backbone that `save_pretrained` or `push_to_hub` saved, with its weights.
 
@@ -71,7 +71,7 @@ def from_pretrained(
 
 
 def read_folder(
-    source: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None
+    source: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
 ) -> tuple[dict[str, Any], Path]:
     """The configuration of a saved model and the path of its weights, downloaded if need be and allowed.
 
@@ -99,7 +99,7 @@ def read_folder(
     return config, weights
 
 
-def require_fields(config: Any, fields: Mapping[str, type], source: str | os.PathLike) -> None:
+def require_fields(config: Any, fields: Mapping[str, type], source: str | os.PathLike[str]) -> None:
     """Raise WeightsError unless a configuration is an object with these fields of these types."""
     if not isinstance(config, Mapping):
         raise WeightsError(f"{source}: {_EXPECTED}, and this one is no JSON object")
@@ -109,7 +109,7 @@ def require_fields(config: Any, fields: Mapping[str, type], source: str | os.Pat
 
 
 @contextmanager
-def explained(config: Mapping[str, Any], source: str | os.PathLike) -> Iterator[None]:
+def explained(config: Mapping[str, Any], source: str | os.PathLike[str]) -> Iterator[None]:
     """Errors of building a saved backbone that say what to install; `config` is that of `backbone_config`."""
     try:
         yield

@@ -5,6 +5,7 @@ import importlib
 import re
 import threading
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -170,6 +171,7 @@ def _claims(name: str, listed_only: bool = False) -> list[tuple[Plugin, Backbone
     """Who has a backbone of this name: listed before found, then first-party first; peers share the claim."""
     namespace, _, bare = name.partition("/") if "/" in name else ("", "", name)
     plugins = [p for p in _plugins() if namespace in ("", p.namespace)]
+    lookups: list[Callable[[Plugin], BackboneSpec | None]]
     lookups = [lambda p: p.names.get(bare), lambda p: p.find(bare, qualified=bool(namespace))]
     for lookup in lookups[:1] if listed_only else lookups:
         for first_party in (True, False):

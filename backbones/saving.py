@@ -33,7 +33,7 @@ FORMAT = 1
 _HUB_LICENSES = {"apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "mit"}
 
 
-def save_pretrained(model: "Backbone", folder: str | os.PathLike, *, name: str | None = None) -> Path:
+def save_pretrained(model: "Backbone", folder: str | os.PathLike[str], *, name: str | None = None) -> Path:
     """Write a backbone into a folder that `from_pretrained` builds it from again.
 
     The folder then holds `config.json` (which backbone of which plugin, its options, its preprocessing),
@@ -146,7 +146,7 @@ interpolation.
 
 def write_folder(
     model: nn.Module,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     config: Mapping[str, Any],
     card: Callable[[str], str],
     name: str | None = None,
@@ -225,11 +225,12 @@ def front_matter(backbone: "Backbone", **fields: Any) -> ModelCardData:
     source = backbone.pretrained_cfg.get("source", "")
     license_name = backbone.pretrained_cfg.get("license") or "" if source else ""
     known = license_name.lower() in _HUB_LICENSES
+    repository = re.match(r"hf-hub:([^/]+/[^/@]+)", source)
     return ModelCardData(
         library_name=LIBRARY,
         license=license_name.lower() if known else "other" if license_name else None,
         license_name=license_name if license_name and not known else None,
-        base_model=re.match(r"hf-hub:([^/]+/[^/@]+)|", source)[1],
+        base_model=repository[1] if repository else None,
         tags=[LIBRARY, "backbone", backbone.spec.family.lower().replace(" ", "-"), "pytorch"],
         **fields,
     )

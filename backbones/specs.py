@@ -31,10 +31,11 @@ def is_path(value: object) -> bool:
     return isinstance(value, str) and _PATH.fullmatch(value) is not None
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Record:
     """Frozen data whose mappings are read-only, and which still copies, pickles and turns into JSON."""
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         # Models carry their spec and are deep-copied (EMA) and pickled (DDP); a MappingProxyType can be neither.
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return partial(type(self), **{k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}), ()
@@ -221,7 +222,7 @@ def _is_requirement(text: object) -> bool:
     from packaging.requirements import InvalidRequirement, Requirement  # few specs have any: not for every `list`
 
     try:
-        Requirement(text)
+        Requirement(text)  # type: ignore[arg-type]
     except (InvalidRequirement, TypeError):
         return False
     return True

@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 
@@ -64,8 +64,8 @@ def _dispatch(argv: list[str]) -> int:
 def _other_commands() -> dict[str, EntryPoint]:
     """Commands of installed packages; nobody takes over one of dense-backbones."""
     found = entry_points(group="backbones.commands")
-    found = sorted(found, key=lambda e: (owner(e)[0] == FIRST_PARTY, owner(e)[0]))
-    return {e.name: e for e in found}  # the last one of a name is kept
+    ours_last = sorted(found, key=lambda e: (owner(e)[0] == FIRST_PARTY, owner(e)[0]))
+    return {e.name: e for e in ours_last}  # the last one of a name is kept
 
 
 def _line(entry_point: EntryPoint) -> str:
@@ -76,7 +76,7 @@ def _line(entry_point: EntryPoint) -> str:
     return does if normalized(distribution) == FIRST_PARTY else f"{does} (from {distribution})"
 
 
-def _load(entry_point: EntryPoint):
+def _load(entry_point: EntryPoint) -> Callable[[list[str]], int | None]:
     try:
         return entry_point.load()
     except Exception as error:

@@ -1,11 +1,16 @@
 """Run the conformance kit: everything that a backbone promises, checked on this machine."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from backbones.errors import InputError
 
 from .output import print_hint, print_json, print_table
+
+if TYPE_CHECKING:
+    from backbones.testing import CheckResult
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,16 +26,15 @@ def run(args: argparse.Namespace) -> int:
     from backbones.registry import backbone_info
     from backbones.testing import check_backbone, check_plugin
 
-    def report(result) -> None:
+    def report(result: "CheckResult") -> None:
         if not args.json:
             print_hint(f"{result.backbone} {result.check}: {result.outcome} ({result.seconds:.1f} s)")
 
-    options = {"slow": not args.quick, "report": report}
     if args.plugin:
-        results = check_plugin(args.plugin, **options)
+        results = check_plugin(args.plugin, slow=not args.quick, report=report)
     else:
         names = [backbone_info(name).canonical_name for name in args.names]  # names are checked before anything is run
-        results = [result for name in names for result in check_backbone(name, **options)]
+        results = [r for name in names for r in check_backbone(name, slow=not args.quick, report=report)]
     failed = [result for result in results if result.outcome == "failed"]
     if args.json:
         print_json([asdict(result) for result in results])
@@ -47,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _table(results, names):
+def _table(results: Sequence["CheckResult"], names: Sequence[str]) -> list[tuple[str, ...]]:
     """One row per check, one column per backbone."""
     outcomes = {(result.check, result.backbone): result.outcome for result in results}
     return [

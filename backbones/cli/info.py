@@ -3,6 +3,7 @@
 import argparse
 
 from backbones.registry import backbone_info
+from backbones.specs import Weights
 
 from .output import print_json, print_table
 
@@ -44,6 +45,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _weights_row(row):
+def _weights_row(row: Weights) -> tuple[str, ...]:
     metrics = ", ".join(f"{name} {value}" for name, value in row.metrics.items())
     return row.tag, "x".join(map(str, row.input_size)), metrics, row.license, row.source

@@ -1,8 +1,10 @@
 """List the backbones that are installed, with the channels and strides of their maps."""
 
 import argparse
+from collections.abc import Iterable, Sequence
 
 from backbones.registry import backbone_info, list_backbones, plugins
+from backbones.specs import BackboneInfo
 
 from .output import print_hint, print_json, print_markdown, print_table
 
@@ -39,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if infos else 1
 
 
-def _row(name, info):
+def _row(name: str, info: BackboneInfo) -> tuple[object, ...]:
     tags = [row.tag for row in info.weights]
     return (
         name,
@@ -52,15 +54,15 @@ def _row(name, info):
     )
 
 
-def _family_rows(infos):
+def _family_rows(infos: Iterable[BackboneInfo]) -> list[tuple[object, ...]]:
     """One row per family: from its smallest to its largest variant."""
-    families = {}
+    families: dict[str, list[BackboneInfo]] = {}
     for info in infos:
         families.setdefault(info.family, []).append(info)
     return [_family_row(family, members) for family, members in families.items()]
 
 
-def _family_row(family, members):
+def _family_row(family: str, members: Sequence[BackboneInfo]) -> tuple[object, ...]:
     members = sorted(members, key=lambda info: info.params or 0)
     licenses = sorted({row.license for info in members for row in info.weights if row.license})
     published = sum(len(info.weights) for info in members)
@@ -77,7 +79,7 @@ def _family_row(family, members):
     )
 
 
-def _span(values):
+def _span(values: Iterable[object]) -> str:
     """The first and the last that is known."""
     known = [str(value) for value in values if value is not None]
     return " to ".join(dict.fromkeys([known[0], known[-1]])) if known else ""

@@ -23,8 +23,8 @@ def run(args: argparse.Namespace) -> int:
     name, folder = args.name.replace("-", "_"), args.out or Path(args.name)
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name) or name in sys.stdlib_module_names:
         raise InputError(f"{args.name!r} cannot be a package's name; use small letters, digits and '_'")
-    if find_spec(name):
-        raise InputError(f"there is a module {name!r} already, at {find_spec(name).origin}; choose another name")
+    if found := find_spec(name):
+        raise InputError(f"there is a module {name!r} already, at {found.origin}; choose another name")
     if folder.exists():
         raise InputError(f"{folder} exists; choose another name, or another folder with --out")
     template = find_template()

@@ -20,7 +20,8 @@ def summary(entry_point: EntryPoint) -> str:
 
 
 def _first_line(module: str, name: str) -> str:
-    tree = ast.parse(Path(_locate(module).origin).read_bytes())
+    file = _locate(module).origin
+    tree = ast.parse(Path(file).read_bytes() if file else b"")
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
             return _docstring(node) or _docstring(tree)
@@ -37,14 +38,16 @@ def _locate(module: str) -> ModuleSpec:
     top, *parts = module.split(".")
     spec = find_spec(top)
     for part in parts:
-        spec = PathFinder.find_spec(f"{spec.name}.{part}", spec.submodule_search_locations)
+        spec = spec and PathFinder.find_spec(f"{spec.name}.{part}", spec.submodule_search_locations)
+    if spec is None:
+        raise ModuleNotFoundError(f"there is no module {module!r}", name=module)
     return spec
 
 
 def _absolute(module: str, node: ast.ImportFrom) -> str:
     """The module that `from .x import y` in this one means."""
     if not node.level:
-        return node.module
+        return node.module or ""
     parts = module.split(".")
     package = parts if _locate(module).submodule_search_locations is not None else parts[:-1]
     return ".".join([*package[: len(package) - node.level + 1], *filter(None, [node.module])])

@@ -34,5 +34,5 @@ def _train_on_one_of_two(rank: int, address: str, pickled: bytes, queue: Any) ->
     model = nn.parallel.DistributedDataParallel(pickle.loads(pickled))
     torch.manual_seed(rank)
     sum(m.square().mean() for m in model(torch.randn(2, model.module.in_chans, 64, 64))).backward()
-    queue.put(sum(p.grad.double().abs().sum().item() for p in model.parameters()))
+    queue.put(sum(p.grad.double().abs().sum().item() for p in model.parameters() if p.grad is not None))
     torch.distributed.destroy_process_group()

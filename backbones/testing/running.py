@@ -86,7 +86,7 @@ def parametrize_backbones(
     names: Iterable[str | Build],
     expected_failures: Mapping[str, Mapping[str, str]] | None = None,
     slow_marks: Any = (),
-):
+) -> Any:
     """Decorator for pytest: the test is run once per backbone and check, as `test(name, check)`.
 
         @parametrize_backbones(["mynet_s"])
@@ -162,7 +162,7 @@ def _subject(backbone: str | nn.Module | Build) -> tuple[str, Build]:
         return backbone, _same_every_time(partial(build_backbone, backbone))
     if isinstance(backbone, nn.Module):
 
-        def build(**options: Any) -> Backbone:
+        def build(**options: Any) -> Any:
             if options:
                 raise Skipped(f"a module cannot be built with {options}; pass a name or a function instead")
             return copy.deepcopy(backbone)

@@ -1,5 +1,7 @@
 """What comes out: maps, their channels, strides and sizes, and the classifier's logits."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -119,11 +121,12 @@ def check_classifier(build: Build) -> None:
     with torch.no_grad():
         logits = model(images)
         require(logits.shape == (2, 7), f"expected logits of (2, 7), got {tuple(logits.shape)}", "")
-        again = model.forward_head(model.forward_features(images))
+        features: Any = model.forward_features(images)  # what that is, only the architecture knows
+        again = model.forward_head(features)
         require_close(again, logits, "forward_head(forward_features(x)) differs from forward(x)")
         model.reset_classifier(3)
         shape = tuple(model(images).shape)
         require(shape == (2, 3), f"after reset_classifier(3), logits are {shape}", "")
         model.reset_classifier(0)
-        pooled = model.forward_head(model.forward_features(images), pre_logits=True)
+        pooled = model.forward_head(features, pre_logits=True)
         require_close(model(images), pooled, "after reset_classifier(0), the forward should return pooled features")
