@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from .hookspecs import hookimpl
     from .hub import from_pretrained
+    from .inference import for_inference
     from .registry import PluginInfo, backbone_info, build_backbone, list_backbones, plugins, refresh, register
     from .specs import BackboneInfo, BackboneSpec, Weights
     from .weights import LoadReport
@@ -47,6 +48,7 @@ __all__ = [
     "__version__",
     "backbone_info",
     "build_backbone",
+    "for_inference",
     "from_pretrained",
     "hookimpl",
     "list_backbones",
@@ -62,6 +64,7 @@ _NAMES = {
     "PluginError UnknownBackbone WeightsError",
     "hookspecs": "hookimpl",
     "hub": "from_pretrained",
+    "inference": "for_inference",
     "registry": "PluginInfo backbone_info build_backbone list_backbones plugins refresh register",
     "specs": "BackboneInfo BackboneSpec Weights",
     "weights": "LoadReport",

@@ -13,16 +13,16 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates
 from timm.models import FeatureInfo
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from . import saving
 from .errors import InputError, PluginError
 from .layers import (
     Blocks,
-    Linear,
-    LogPositionBias,
+    Layer,
+    PositionBias,
     RelativePositionBias,
     ceil_div,
+    checkpoint,
     crop_to,
     init_linear,
     layer_norm_2d,
@@ -45,7 +45,7 @@ class _Finished(type(nn.Module)):
         return model
 
 
-class Backbone(nn.Module, metaclass=_Finished):
+class Backbone(Layer, metaclass=_Finished):
     """An image encoder that returns feature maps at declared strides, for any image size.
 
     An architecture sets `stem` and `stages` (NCHW in, NCHW out), one stage per entry of `strides`, and
@@ -90,6 +90,8 @@ class Backbone(nn.Module, metaclass=_Finished):
     output_strides: ClassVar[tuple[int, ...]] = (32,)
     #: Pooling that the classifier knows.
     global_pools: ClassVar[tuple[str, ...]] = ("avg",)
+    #: Whether `backbones.for_inference` may run it in the low precision that it is asked for.
+    low_precision: ClassVar[bool] = True
     #: Images are zero-padded, right and bottom, to a multiple of this; maps are cropped back.
     size_divisor: int = 1
 
@@ -195,7 +197,8 @@ class Backbone(nn.Module, metaclass=_Finished):
     def forward(self, images: Tensor) -> list[Tensor] | Tensor:
         """Feature maps of images (B, in_chans, H, W); with `features_only=False`, logits (B, num_classes)."""
         self._check_images(images)
-        padded = self.pad(images)
+        # Convolutions hand channels-last maps on, which norms and linear layers read without a copy.
+        padded = self.pad(images).contiguous(memory_format=torch.channels_last)
         features = self.forward_features(padded)
         if not self.features_only:
             return self.forward_head(features)
@@ -261,7 +264,7 @@ class Backbone(nn.Module, metaclass=_Finished):
         return {
             f"{name}.{parameter}"
             for name, module in self.named_modules()
-            if isinstance(module, (RelativePositionBias, LogPositionBias))
+            if isinstance(module, PositionBias)
             for parameter, _ in module.named_parameters()
         }
 
@@ -366,11 +369,9 @@ class Backbone(nn.Module, metaclass=_Finished):
         for part in self._frozen_parts():
             part.requires_grad_(False)
         self.train()
-        # Convolutions then hand on channels-last maps, which norms and linear layers read without a copy.
-        self.to(memory_format=torch.channels_last)
 
     def _make_head(self) -> None:
-        self.head = Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
+        self.head = nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
         self.head.apply(init_linear)
 
     def _frozen_parts(self) -> list[nn.Module | nn.Parameter]:
@@ -379,7 +380,7 @@ class Backbone(nn.Module, metaclass=_Finished):
     def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
         recompute = self.checkpointing and self.training and torch.is_grad_enabled()
         if recompute and not any(isinstance(m, Blocks) for m in stage.modules()):
-            return checkpoint(stage, x, use_reentrant=False)
+            return checkpoint(stage, x)
         return stage(x)
 
     def _check_map(self, index: int, m: Tensor, images: Tensor, padded: Tensor) -> None:

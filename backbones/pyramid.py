@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -40,10 +41,11 @@ class Pyramid(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """One map (B, dim, h, w) per level in, one map per level out."""
-        return [
+        levels = (
             self._exact(self.levels[str(out_stride)](x), x, out_stride)
             for x, out_stride in zip(maps, self.out_strides, strict=True)
-        ]
+        )
+        return [level.contiguous(memory_format=torch.channels_last) for level in levels]
 
     def _exact(self, y: Tensor, x: Tensor, out_stride: int) -> Tensor:
         if self.stride == out_stride * 2.0 ** _doublings(self.stride, out_stride):

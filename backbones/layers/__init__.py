@@ -1,16 +1,18 @@
 """The toolkit for plugin authors: what more than one architecture needs."""
 
-from .activation import activate, gelu, may_overwrite
+from .activation import activate, may_overwrite
 from .attention import Attention, SpatialReductionAttention, attend
 from .blocks import Blocks, residual, run_blocks
 from .cache import TableCache
-from .conv import ConvNorm, conv2d, fold_norm, fold_norm_before, init_conv, norm_affine, pad_same
+from .checkpointing import checkpoint, hold_statistics, release_statistics
+from .conv import ConvNorm, init_conv, pad_same
 from .head import PreLogits
-from .linear import Linear, Mlp, init_linear, linear
+from .inference import Layer, fold_norm, fold_norm_before, fold_sequence, is_plain, scale_outputs
+from .linear import FastLinear, Mlp, init_linear, linear
 from .mbconv import MBConv, SqueezeExcite, halve
 from .norm import layer_norm_2d
 from .padding import ceil_div, crop_to, pad_to_multiple
-from .relative_position import DistanceBias, LogPositionBias, RelativePositionBias
+from .relative_position import DistanceBias, LogPositionBias, PositionBias, RelativePositionBias
 from .window import window_partition, window_unpartition
 
 __all__ = [
@@ -18,10 +20,12 @@ __all__ = [
     "Blocks",
     "ConvNorm",
     "DistanceBias",
-    "Linear",
+    "FastLinear",
+    "Layer",
     "LogPositionBias",
     "MBConv",
     "Mlp",
+    "PositionBias",
     "PreLogits",
     "RelativePositionBias",
     "SpatialReductionAttention",
@@ -30,22 +34,25 @@ __all__ = [
     "activate",
     "attend",
     "ceil_div",
-    "conv2d",
+    "checkpoint",
     "crop_to",
     "fold_norm",
     "fold_norm_before",
-    "gelu",
+    "fold_sequence",
     "halve",
+    "hold_statistics",
     "init_conv",
     "init_linear",
+    "is_plain",
     "layer_norm_2d",
     "linear",
     "may_overwrite",
-    "norm_affine",
     "pad_same",
     "pad_to_multiple",
+    "release_statistics",
     "residual",
     "run_blocks",
+    "scale_outputs",
     "window_partition",
     "window_unpartition",
 ]

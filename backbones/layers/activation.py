@@ -1,10 +1,10 @@
-"""Activations that cost a CPU no more than they must."""
+"""Activations and how they run where memory may be overwritten."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# What each activation is where autograd needs its input, and where it does not.
+# What each activation is where its input is still needed, and where it is not.
 _ACTIVATIONS = {
     "relu": (F.relu, F.relu_),
     "silu": (F.silu, torch.ops.aten.silu_),
@@ -13,22 +13,24 @@ _ACTIVATIONS = {
 
 def may_overwrite(*tensors: Tensor | None) -> bool:
     """Whether an operation on these may write its result into one that its caller gives up."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # a compiler plans memory by itself
         return False
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None))
 
 
-def activate(x: Tensor, act: str | None) -> Tensor:
-    """ "relu", "silu", "gelu", "gelu_tanh" or None of `x`; overwrites `x` where autograd does not need it."""
+def activate(x: Tensor, act: str | None, spare: bool = False) -> Tensor:
+    """ "relu", "silu", "gelu", "gelu_tanh" or None of `x`.
+
+    Args:
+        x: any shape.
+        act: which.
+        spare: nobody else reads `x`, so that it may be overwritten: fresh memory costs more than the arithmetic.
+            A hook may have seen it, so that this is for models of `for_inference` alone.
+    """
     if act is None:
         return x
+    spare = spare and may_overwrite(x)
     if act.startswith("gelu"):
-        return gelu(x, "tanh" if act == "gelu_tanh" else "none")
-    return _ACTIVATIONS[act][may_overwrite(x)](x)
-
-
-def gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    """GELU; overwrites `x` where autograd does not need it, because fresh memory costs more than the arithmetic."""
-    if may_overwrite(x):
-        return torch.ops.aten.gelu_(x, approximate=approximate)
-    return F.gelu(x, approximate=approximate)
+        approximate = "tanh" if act == "gelu_tanh" else "none"
+        return torch.ops.aten.gelu_(x, approximate=approximate) if spare else F.gelu(x, approximate=approximate)
+    return _ACTIVATIONS[act][spare](x)

@@ -4,15 +4,15 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .activation import may_overwrite
+from .checkpointing import checkpoint
 
 
 def run_blocks(blocks: Iterable[nn.Module], x: Tensor, checkpointing: bool = False) -> Tensor:
     """Blocks in turn; with `checkpointing`, each one's activations are recomputed in the backward pass."""
     for block in blocks:
-        x = checkpoint(block, x, use_reentrant=False) if checkpointing and torch.is_grad_enabled() else block(x)
+        x = checkpoint(block, x) if checkpointing and torch.is_grad_enabled() else block(x)
     return x
 
 
@@ -25,14 +25,15 @@ class Blocks(nn.Sequential):
         return run_blocks(self, x, self.checkpointing and self.training)
 
 
-def residual(x: Tensor, update: Tensor, scale: Tensor | None = None) -> Tensor:
-    """`x + scale * update`; overwrites `update`, which the caller gives up, where autograd does not need it.
+def residual(x: Tensor, update: Tensor, scale: Tensor | None = None, spare: bool = False) -> Tensor:
+    """`x + scale * update`.
 
     Args:
         x: (..., C).
         update: (..., C).
         scale: (C,), a layer scale; None for 1.
+        spare: nobody else reads `update`, so that it may be overwritten; for models of `for_inference` alone.
     """
-    if update.dtype == x.dtype and may_overwrite(x, update, scale):
+    if spare and update is not x and update.dtype == x.dtype and may_overwrite(x, update, scale):
         return update.add_(x) if scale is None else torch.addcmul(x, update, scale, out=update)
     return x + update if scale is None else torch.addcmul(x, update, scale)

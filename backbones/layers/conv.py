@@ -1,18 +1,16 @@
-"""Convolutions with their norm and activation, in as few passes over memory as autograd allows."""
+"""Convolutions with their norm and activation."""
 
-import torch
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .activation import activate
-from .cache import TableCache
-from .linear import linear
+from .inference import Layer, fold_norm
 
 
-class ConvNorm(nn.Module):
+class ConvNorm(Layer):
     """Convolution, BatchNorm, activation: (B, in_chans, H, W) -> (B, out_chans, ceil(H / stride), ceil(W / stride)).
-
-    In eval mode without autograd, the norm is folded into the convolution's weight, once.
 
     Args:
         in_chans, out_chans: widths.
@@ -23,6 +21,7 @@ class ConvNorm(nn.Module):
         bias: whether the convolution has a bias beside the norm's.
         eps: of the norm.
         same: pad as TensorFlow does, which is asymmetric where the stride is 2.
+        between: whether the forward is given a layer that comes between convolution and norm.
     """
 
     def __init__(
@@ -36,55 +35,31 @@ class ConvNorm(nn.Module):
         bias: bool = False,
         eps: float = 1e-5,
         same: bool = False,
+        between: bool = False,
     ):
         super().__init__()
         self.act = act
+        self.between = between
+        self.kernel = kernel
+        self.stride = stride
         self.same = same and stride > 1  # at stride 1, both ways to pad are one
         padding = 0 if self.same else kernel // 2
         self.conv = nn.Conv2d(in_chans, out_chans, kernel, stride, padding, groups=groups, bias=bias)
         self.norm = nn.BatchNorm2d(out_chans, eps=eps)
-        self._folded = TableCache(entries=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, between: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         if self.same:
-            x = pad_same(x, self.conv.kernel_size[0], self.conv.stride[0])
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return activate(self.norm(conv2d(x, self.conv)), self.act)
-        sources = [*self.parameters(), self.norm.running_mean, self.norm.running_var]
-        weight, bias = self._folded.get((), sources, self.fold)
-        return activate(conv2d(x, self.conv, weight, bias), self.act)
+            x = pad_same(x, self.kernel, self.stride)
+        x = self.conv(x)
+        if between is not None:
+            x = between(x)
+        return activate(self.norm(x), self.act, spare=self.fast)
 
-    def fold(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the one convolution that does both."""
-        return fold_norm(self.conv, self.norm)
-
-
-def conv2d(x: Tensor, conv: nn.Conv2d, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """What `conv` makes of (B, C, H, W), or would with another weight and bias; 1x1 kernels run as `linear`."""
-    if weight is None:
-        weight, bias = conv.weight, conv.bias
-    if conv.kernel_size == conv.stride == (1, 1) and conv.groups == 1:
-        return linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
-def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the one convolution that equals `conv` and then, in eval mode, `norm`."""
-    scale, shift = norm_affine(norm)
-    bias = shift if conv.bias is None else shift + conv.bias * scale
-    return (conv.weight * scale[:, None, None, None]).to(conv.weight), bias.to(conv.weight)
-
-
-def fold_norm_before(norm: nn.BatchNorm2d, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the one 1x1 convolution that equals, in eval mode, `norm` and then that of `weight`."""
-    scale, shift = norm_affine(norm)
-    return (weight * scale[:, None, None]).to(weight), (bias + weight.double().flatten(1) @ shift).to(bias)
-
-
-def norm_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """What a BatchNorm multiplies by and adds in eval mode, in float64."""
-    scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
-    return scale, norm.bias.double() - norm.running_mean.double() * scale
+    def prepare_for_inference(self) -> nn.Module:
+        folded = None if self.between else fold_norm(self.conv, self.norm)
+        if folded is not None:
+            self.conv, self.norm = folded, nn.Identity()
+        return super().prepare_for_inference()
 
 
 def init_conv(module: nn.Module) -> None:

@@ -2,8 +2,6 @@
 
 from torch import Tensor, nn
 
-from .linear import Linear
-
 
 class PreLogits(nn.Module):
     """LayerNorm, linear, tanh over pooled features (B, C): the hidden layer of CoAtNet's and MaxViT's classifiers."""
@@ -11,7 +9,7 @@ class PreLogits(nn.Module):
     def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=eps)
-        self.fc = Linear(dim, dim)
+        self.fc = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.norm(x)).tanh()

@@ -1,10 +1,11 @@
-"""Linear layers that cost a CPU no more than they must."""
+"""Linear layers, and how they cost a CPU no more than they must."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .activation import activate
+from .inference import Layer
 
 # oneDNN's float32 kernels for x86; elsewhere, or without it, `F.linear` is as good.
 _ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
@@ -12,8 +13,15 @@ _ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_ca
 _FEW = 20480
 
 
-class Linear(nn.Linear):
-    """`nn.Linear` that runs as `linear` does."""
+class FastLinear(nn.Linear):
+    """`nn.Linear` that runs as `linear` does; what `for_inference` puts in its place."""
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> "FastLinear":
+        """One with the parameters of `layer`."""
+        fast = cls(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        fast.weight, fast.bias = layer.weight, layer.bias
+        return fast.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -26,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     sums, and on AMD Zen 5 oneDNN takes half the time, forward and backward. Rows are laid along the width
     of a channels-last map, so that nothing is copied.
     """
-    if not _ONEDNN or torch.compiler.is_compiling() or _not_plain_float32(x) or x.numel() <= _FEW:
+    if not _ONEDNN or _not_plain_float32(x) or (not torch.compiler.is_compiling() and x.numel() <= _FEW):
         return F.linear(x, weight, bias)
     rows = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # (..., C) -> (1, C, 1, rows)
     # A kernel of one cell has nothing to dilate, but asking for it keeps PyTorch from its own, slower
@@ -47,7 +55,7 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-class Mlp(nn.Module):
+class Mlp(Layer):
     """Linear, activation, linear over the last dimension: the MLP of a transformer block.
 
     Args:
@@ -59,8 +67,8 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int, act: str = "gelu"):
         super().__init__()
         self.act = act
-        self.fc1 = Linear(dim, hidden)
-        self.fc2 = Linear(hidden, dim)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(activate(self.fc1(x), self.act))
+        return self.fc2(activate(self.fc1(x), self.act, spare=self.fast))

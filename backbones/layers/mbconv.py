@@ -1,18 +1,17 @@
 """Inverted residual blocks with squeeze-excitation, normed before they expand: MBConv of CoAtNet and MaxViT."""
 
-import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from .activation import activate
+from .activation import activate, may_overwrite
 from .blocks import residual
-from .cache import TableCache
-from .conv import ConvNorm, conv2d, fold_norm_before, norm_affine
+from .conv import ConvNorm
+from .inference import Layer, fold_norm_before
 from .padding import is_exporting
 
 
-class SqueezeExcite(nn.Module):
+class SqueezeExcite(Layer):
     """Scales each channel of (B, C, H, W) by what the means of all of them say.
 
     Args:
@@ -28,21 +27,14 @@ class SqueezeExcite(nn.Module):
         self.fc2 = nn.Conv2d(squeezed, chans, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.gate(x)
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or gate.dtype != x.dtype:
-            return x * gate
-        return x.mul_(gate)  # the caller gives x up
-
-    def gate(self, x: Tensor) -> Tensor:
-        """(B, C, 1, 1), between 0 and 1."""
-        return self.fc2(activate(self.fc1(x.mean((2, 3), keepdim=True)), self.act)).sigmoid()
+        gate = self.fc2(activate(self.fc1(x.mean((2, 3), keepdim=True)), self.act)).sigmoid()
+        return x.mul_(gate) if self.fast and may_overwrite(x, gate) and gate.dtype == x.dtype else x * gate
 
 
-class MBConv(nn.Module):
+class MBConv(Layer):
     """BatchNorm, expanding 1x1, depth-wise 3x3, squeeze-excitation, 1x1, and a residual.
 
-    (B, in_chans, H, W) -> (B, out_chans, ceil(H / stride), ceil(W / stride)). In eval mode without autograd, norms
-    are folded into convolutions, the first one too unless an activation follows it.
+    (B, in_chans, H, W) -> (B, out_chans, ceil(H / stride), ceil(W / stride)).
 
     Args:
         in_chans, out_chans: widths.
@@ -98,44 +90,29 @@ class MBConv(nn.Module):
         self.pre_norm = nn.BatchNorm2d(in_chans, eps=eps)
         self.expand = ConvNorm(in_chans, hidden, 1, act=act, eps=eps)
         dw_stride = 1 if self.pool_first else stride
-        self.depthwise = ConvNorm(hidden, hidden, 3, dw_stride, groups=hidden, act=act, eps=eps, same=same)
+        self.depthwise = ConvNorm(
+            hidden, hidden, 3, dw_stride, groups=hidden, act=act, eps=eps, same=same, between=se_early
+        )
         self.se = SqueezeExcite(hidden, squeezed, se_act)
         self.project = nn.Conv2d(hidden, out_chans, 1, bias=bias)
         self.drop_path = DropPath(drop_path)
-        self._expansion = TableCache(entries=1)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = halve(x, self.pool) if self.stride == 2 else x
         if self.shortcut is not None:
-            shortcut = conv2d(shortcut, self.shortcut)
-        x = self._expand(x)
-        x = self._excite_and_norm(self.depthwise.conv(x)) if self.se_early else self.se(self.depthwise(x))
-        return residual(shortcut, self.drop_path(conv2d(x, self.project)))
+            shortcut = self.shortcut(shortcut)
+        x = activate(self.pre_norm(x), self.pre_act)
+        x = self.expand(halve(x, "avg") if self.pool_first else x)
+        x = self.depthwise(x, self.se) if self.se_early else self.se(self.depthwise(x))
+        return residual(shortcut, self.drop_path(self.project(x)), spare=self.fast)
 
-    def _expand(self, x: Tensor) -> Tensor:
-        """Norm and expansion: (B, in_chans, H, W) -> (B, hidden, h, w)."""
-        if self.pre_act or not self._may_fold():
-            x = activate(self.pre_norm(x), self.pre_act)
-            return self.expand(halve(x, "avg") if self.pool_first else x)
-        sources = [*self.pre_norm.parameters(), *self.expand.parameters(), *self.pre_norm.buffers()]
-        sources += self.expand.buffers()
-        weight, bias = self._expansion.get((), sources, self._fold_expansion)
-        x = halve(x, "avg") if self.pool_first else x  # averaging and scaling channels may change places
-        return activate(conv2d(x, self.expand.conv, weight, bias), self.expand.act)
-
-    def _fold_expansion(self) -> tuple[Tensor, Tensor]:
-        return fold_norm_before(self.pre_norm, *self.expand.fold())
-
-    def _excite_and_norm(self, x: Tensor) -> Tensor:
-        norm = self.depthwise.norm
-        gate = self.se.gate(x)
-        if not self._may_fold() or gate.dtype != norm.weight.dtype:
-            return activate(norm(x * gate), self.depthwise.act)
-        scale, shift = (t.to(x.dtype)[:, None, None] for t in norm_affine(norm))
-        return activate(torch.addcmul(shift, x, gate * scale, out=x), self.depthwise.act)
-
-    def _may_fold(self) -> bool:
-        return not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+    def prepare_for_inference(self) -> nn.Module:
+        """Without an activation after it, the first norm is folded into the expansion, and both change places with
+        averaging."""
+        folded = None if self.pre_act else fold_norm_before(self.pre_norm, self.expand.conv)
+        if folded is not None:
+            self.expand.conv, self.pre_norm = folded, nn.Identity()
+        return super().prepare_for_inference()
 
 
 def halve(x: Tensor, how: str) -> Tensor:

@@ -8,14 +8,44 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .cache import TableCache
+from .inference import Layer
 from .padding import ceil_div, is_exporting
 
 
-class RelativePositionBias(nn.Module):
-    """A learned number per head and offset, on any grid; tables for another size are resized bicubically.
+class PositionBias(Layer):
+    """What attention adds to its logits for the offset between two cells of a grid, by head.
 
     Called with the height and width of the grid that attends, it returns (1, heads, N, N) for its N cells in
-    row-major order.
+    row-major order; with `whole=False`, what `by_offset` does.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._biases = TableCache(entries=2)  # the square of a map's cells, times heads: worth keeping few
+
+    def forward(self, height: int, width: int, whole: bool = True) -> Tensor:
+        def compute() -> Tensor:
+            table = self.by_offset(height, width)
+            return by_cell(table) if whole else table
+
+        if not self.fast:
+            return compute()
+        like = next(self.parameters())
+        return self._biases.get((height, width, whole, like.device, like.dtype), compute)
+
+    def by_offset(self, height: int, width: int) -> Tensor:
+        """The numbers themselves, for each offset that the grid has, query minus key.
+
+        Returns:
+            (heads, 2 * height - 1, 2 * width - 1); offset 0 is in the middle.
+        """
+        raise NotImplementedError
+
+
+class RelativePositionBias(PositionBias):
+    """A learned number per head and offset, on any grid; tables for another size are resized bicubically.
+
+    Called as `PositionBias` says.
 
     Args:
         size: side of the square grid that the table is made for, or its height and width.
@@ -28,17 +58,8 @@ class RelativePositionBias(nn.Module):
         self.heads = heads
         self.table = nn.Parameter(torch.zeros(_offsets(self.size[0]) * _offsets(self.size[1]), heads))
         nn.init.trunc_normal_(self.table, std=0.02)
-        self._biases = TableCache(entries=2)  # the square of a map's cells, times heads: worth keeping few
-
-    def forward(self, height: int, width: int) -> Tensor:
-        return self._biases.get((height, width), self.table, lambda: by_cell(self.by_offset(height, width)))
 
     def by_offset(self, height: int, width: int) -> Tensor:
-        """The numbers themselves, for each offset that the grid has, query minus key.
-
-        Returns:
-            (heads, 2 * height - 1, 2 * width - 1); offset 0 is in the middle.
-        """
         return _resize(self._grid(), height, width).unflatten(1, (_offsets(height), _offsets(width)))
 
     def _grid(self) -> Tensor:
@@ -85,10 +106,10 @@ class DistanceBias(RelativePositionBias):
         return table.unflatten(1, (_offsets(height), -1))[:, height - 1 :, width - 1 :].flatten(1)
 
 
-class LogPositionBias(nn.Module):
+class LogPositionBias(PositionBias):
     """Relative position biases that an MLP computes from the logarithm of the offset, for any grid alike.
 
-    Called as `RelativePositionBias` is. timm's CoAtNet and MaxViT have it (`rmlp`), after Swin v2
+    Called as `PositionBias` says. timm's CoAtNet and MaxViT have it (`rmlp`), after Swin v2
     (https://arxiv.org/abs/2111.09883).
 
     Args:
@@ -102,18 +123,9 @@ class LogPositionBias(nn.Module):
         self.fc1 = nn.Linear(2, hidden)
         self.dropout = nn.Dropout(0.125)
         self.fc2 = nn.Linear(hidden, heads)
-        self._biases = TableCache(entries=2)
-
-    def forward(self, height: int, width: int) -> Tensor:
-        if self.training:  # each call drops other units
-            return by_cell(self.by_offset(height, width))
-        return self._biases.get(
-            (height, width), list(self.parameters()), lambda: by_cell(self.by_offset(height, width))
-        )
 
     def by_offset(self, height: int, width: int) -> Tensor:
-        """The numbers by offset, as `RelativePositionBias.by_offset` yields them."""
-        like = self.fc1.weight
+        like = next(self.parameters())
         sides = (torch.arange(_offsets(side), device=like.device) - (side - 1) for side in (height, width))
         offsets = torch.stack(torch.meshgrid(*sides, indexing="ij"), dim=-1).float()
         offsets = (offsets.sign() * (1 + offsets.abs()).log()).to(like.dtype)
@@ -122,11 +134,20 @@ class LogPositionBias(nn.Module):
 
 def by_cell(table: Tensor) -> Tensor:
     """Biases (1, heads, N, N) of a grid's N cells, from those by offset (heads, 2 * height - 1, 2 * width - 1)."""
-    heads, height, width = table.shape[0], ceil_div(table.shape[1], 2), ceil_div(table.shape[2], 2)
-    rows = _differences(height, table.device)[:, None, :, None]
-    columns = _differences(width, table.device)[None, :, None, :]
-    index = rows * table.shape[2] + columns  # (height, width, height, width): query to key
-    return table.flatten(1).index_select(1, index.flatten()).reshape(1, heads, height * width, height * width)
+    height, width = (ceil_div(side, 2) for side in table.shape[1:])
+    cells = height * width
+    index = _INDICES.get((height, width, table.device), lambda: _index(height, width, table.device))
+    return table.flatten(1).index_select(1, index).reshape(1, table.shape[0], cells, cells)
+
+
+_INDICES = TableCache(entries=32, largest=2**22)  # 32 MB
+
+
+def _index(height: int, width: int, device: torch.device) -> Tensor:
+    """(N * N,), from query to key: where their offset is in the table."""
+    rows = _differences(height, device)[:, None, :, None]
+    columns = _differences(width, device)[None, :, None, :]
+    return (rows * _offsets(width) + columns).flatten()
 
 
 def _mirror(table: Tensor) -> Tensor:

@@ -14,13 +14,13 @@ from backbones.errors import InputError
 from backbones.layers import (
     Blocks,
     ConvNorm,
+    Layer,
     LogPositionBias,
     MBConv,
     PreLogits,
     RelativePositionBias,
+    activate,
     ceil_div,
-    conv2d,
-    gelu,
     halve,
     init_conv,
     layer_norm_2d,
@@ -171,7 +171,7 @@ class CoAtNet(Backbone):
         return nn.Identity() if self.hidden_head else NORMS[self.norm_kind](self.num_features)
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(Layer):
     """Attention over the whole map and MLP, with residuals, on maps (B, C, H, W); stride 2 pools both branches."""
 
     def __init__(
@@ -205,9 +205,9 @@ class TransformerBlock(nn.Module):
         if self.pool:
             x, y = halve(x, self.pool), halve(y, self.pool)
         if self.shortcut is not None:
-            x = conv2d(x, self.shortcut)
-        x = residual(x, self.drop_path(self.attn(y)), _per_channel(self.ls1))
-        return residual(x, self.drop_path(self.mlp(self.norm2(x))), _per_channel(self.ls2))
+            x = self.shortcut(x)
+        x = residual(x, self.drop_path(self.attn(y)), _per_channel(self.ls1), spare=self.fast)
+        return residual(x, self.drop_path(self.mlp(self.norm2(x))), _per_channel(self.ls2), spare=self.fast)
 
 
 class Attention(nn.Module):
@@ -224,7 +224,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
-        qkv = conv2d(x, self.qkv).permute(0, 2, 3, 1).reshape(batch, height * width, self.heads, 3, HEAD_DIM)
+        qkv = self.qkv(x).permute(0, 2, 3, 1).reshape(batch, height * width, self.heads, 3, HEAD_DIM)
         q, k, v = qkv.permute(3, 0, 2, 1, 4)  # (B, heads, N, 32) each
         banded = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
         if banded and self.heads * (height * width) ** 2 > WHOLE_BIAS:
@@ -232,14 +232,14 @@ class Attention(nn.Module):
         else:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.rel_pos(height, width).to(q.dtype))
         x = x.transpose(1, 2).reshape(batch, height, width, -1)
-        return conv2d(x.permute(0, 3, 1, 2), self.proj)
+        return self.proj(x.permute(0, 3, 1, 2))
 
     def _attend_by_bands(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int) -> Tensor:
         """The same, for a few rows of queries at a time, so that the bias of all cells to all is never held.
 
         With the keys in reverse, the bias of a band is a window that slides over the table by offset.
         """
-        table = self.rel_pos.by_offset(height, width).to(q.dtype)
+        table = self.rel_pos(height, width, whole=False).to(q.dtype)
         k, v = k.flip(2), v.flip(2)
         rows = max(1, BAND_BIAS // (self.heads * width * height * width))
         out = q.new_empty(q.shape[0], height * width, self.heads, HEAD_DIM).transpose(1, 2)
@@ -251,7 +251,7 @@ class Attention(nn.Module):
         return out
 
 
-class Mlp(nn.Module):
+class Mlp(Layer):
     """1x1, exact GELU, 1x1."""
 
     def __init__(self, dim: int, hidden: int):
@@ -260,7 +260,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Conv2d(hidden, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return conv2d(gelu(conv2d(x, self.fc1)), self.fc2)
+        return self.fc2(activate(self.fc1(x), "gelu", spare=self.fast))
 
 
 NORMS = {"layer": layer_norm_2d, "batch": partial(nn.BatchNorm2d, eps=1e-6)}

@@ -9,7 +9,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from backbones.backbone import Backbone
-from backbones.layers import Blocks, Mlp, pad_to_multiple, residual
+from backbones.layers import Blocks, Layer, Mlp, pad_to_multiple, residual
 from backbones.weights import KeyLayout
 
 TIMM = KeyLayout(
@@ -144,7 +144,7 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (before, after, before, after)))
 
 
-class Block(nn.Module):
+class Block(Layer):
     """Depth-wise convolution, norm, MLP and layer scale in one residual, on maps (B, H, W, C)."""
 
     def __init__(self, dim: int, dilation: int, layer_scale: float, drop_path: float):
@@ -157,7 +157,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         update = self.conv_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return residual(x, self.drop_path(self.mlp(self.norm(update))), self.gamma)
+        return residual(x, self.drop_path(self.mlp(self.norm(update))), self.gamma, spare=self.fast)
 
 
 def _init_weights(module: nn.Module) -> None:

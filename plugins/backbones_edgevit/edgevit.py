@@ -11,15 +11,14 @@ from backbones.backbone import Backbone
 from backbones.errors import InputError
 from backbones.layers import (
     Blocks,
-    Linear,
+    Layer,
     Mlp,
-    TableCache,
+    activate,
     attend,
-    conv2d,
     crop_to,
     fold_norm_before,
-    gelu,
     init_linear,
+    is_plain,
     pad_to_multiple,
     residual,
 )
@@ -125,7 +124,7 @@ class Block(nn.Module):
         return self.self_attn(self.local_agg(x))
 
 
-class LocalAggregation(nn.Module):
+class LocalAggregation(Layer):
     """A block whose token mixer is a depth-wise 5x5 convolution between two 1x1; on maps (B, C, H, W)."""
 
     def __init__(self, dim: int, hidden: int, drop_path: float):
@@ -139,32 +138,28 @@ class LocalAggregation(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = residual(x, self.pos_embed(x))
-        x = residual(x, self.drop_path(conv2d(self.attn(self.conv1(x)), self.conv2)))
-        return residual(x, self.drop_path(conv2d(gelu(self.fc1(x)), self.fc2)))
+        x = residual(x, self.pos_embed(x), spare=self.fast)
+        x = residual(x, self.drop_path(self.conv2(self.attn(self.conv1(x)))), spare=self.fast)
+        x = residual(x, self.drop_path(self.fc2(activate(self.fc1(x), "gelu", spare=self.fast))), spare=self.fast)
+        return x
 
 
-class NormConv(nn.Module):
-    """BatchNorm, then a 1x1 convolution; in eval mode without autograd they are one convolution."""
+class NormConv(Layer):
+    """BatchNorm, then a 1x1 convolution."""
 
     def __init__(self, in_chans: int, out_chans: int):
         super().__init__()
         self.norm = nn.BatchNorm2d(in_chans)
         self.conv = nn.Conv2d(in_chans, out_chans, 1)
-        self._folded = TableCache(entries=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return conv2d(self.norm(x), self.conv)
-        sources = [*self.parameters(), self.norm.running_mean, self.norm.running_var]
-        return conv2d(x, self.conv, *self._folded.get((), sources, self.fold))
+        return self.conv(self.norm(x))
 
-    def fold(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the one convolution that does both."""
-        return fold_norm_before(self.norm, self.conv.weight, self.conv.bias)
+    def prepare_for_inference(self) -> nn.Module:
+        return fold_norm_before(self.norm, self.conv) or self
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(Layer):
     """Position encoding by a depth-wise convolution, attention and MLP with residuals; on maps (B, C, H, W)."""
 
     def __init__(self, dim: int, heads: int, rate: int, hidden: int, drop_path: float):
@@ -178,13 +173,13 @@ class AttentionBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = residual(x, self.pos_embed(x)).permute(0, 2, 3, 1)  # (B, H, W, C)
+        x = residual(x, self.pos_embed(x), spare=self.fast).permute(0, 2, 3, 1)  # (B, H, W, C)
         picked = self.norm1(x[:, :: self.rate, :: self.rate])  # those between take no part
-        x = residual(x, self.drop_path(self.attn(picked, *x.shape[1:3])))
-        return residual(x, self.drop_path(self.mlp(self.norm2(x)))).permute(0, 3, 1, 2)
+        x = residual(x, self.drop_path(self.attn(picked, *x.shape[1:3])), spare=self.fast)
+        return residual(x, self.drop_path(self.mlp(self.norm2(x))), spare=self.fast).permute(0, 3, 1, 2)
 
 
-class SparseAttention(nn.Module):
+class SparseAttention(Layer):
     """Attention among picked cells (B, ceil(H / rate), ceil(W / rate), C), handed on to all: (B, H, W, C)."""
 
     def __init__(self, dim: int, heads: int, rate: int):
@@ -193,8 +188,8 @@ class SparseAttention(nn.Module):
             raise InputError(f"attention: {heads} heads do not divide a width of {dim}")
         self.heads = heads
         self.rate = rate
-        self.qkv = Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
         if rate > 1:
             self.local_prop = nn.ConvTranspose2d(dim, dim, rate, rate, groups=dim)
             self.norm = nn.LayerNorm(dim, eps=1e-5)
@@ -204,8 +199,25 @@ class SparseAttention(nn.Module):
         return self.proj(self.norm(self.propagate(y, height, width)) if self.rate > 1 else y)
 
     def propagate(self, x: Tensor, height: int, width: int) -> Tensor:
-        """The transposed convolution: as its kernels do not overlap, a product per cell and place in the kernel."""
-        weight = self.local_prop.weight.permute(2, 1, 3, 0)  # (rate, 1, rate, C)
-        x = torch.addcmul(self.local_prop.bias, x[:, :, None, :, None], weight)  # (B, h, rate, w, rate, C)
-        x = x.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+        """(B, h, w, C) -> (B, height, width, C)."""
+        x = self.local_prop(x.permute(0, 3, 1, 2))
         return crop_to(x, height, width).permute(0, 2, 3, 1)
+
+    def prepare_for_inference(self) -> nn.Module:
+        if self.rate > 1 and is_plain(self.local_prop, nn.ConvTranspose2d):
+            self.local_prop = Spread(self.local_prop)
+        return super().prepare_for_inference()
+
+
+class Spread(nn.Module):
+    """A depth-wise transposed convolution whose kernels do not overlap: a product per cell and place in the kernel."""
+
+    def __init__(self, conv: nn.ConvTranspose2d):
+        super().__init__()
+        self.weight = nn.Parameter(conv.weight.permute(2, 1, 3, 0).contiguous())  # (rate, 1, rate, C)
+        self.bias = conv.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        x = torch.addcmul(self.bias, x[:, :, None, :, None], self.weight)  # (B, h, rate, w, rate, C)
+        return x.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)

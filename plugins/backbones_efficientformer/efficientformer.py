@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerScale
+from timm.layers import DropPath, LayerScale, LayerScale2d
 from torch import Tensor, nn
 
 from backbones.backbone import Backbone
@@ -14,15 +14,15 @@ from backbones.layers import (
     Blocks,
     ConvNorm,
     DistanceBias,
-    Linear,
+    Layer,
     Mlp,
-    TableCache,
-    conv2d,
+    activate,
     fold_norm,
-    gelu,
     init_linear,
+    is_plain,
     layer_norm_2d,
     residual,
+    scale_outputs,
 )
 from backbones.weights import KeyLayout
 
@@ -111,7 +111,7 @@ class EfficientFormer(Backbone):
 
     def _make_head(self) -> None:
         super()._make_head()
-        self.head_dist = Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
+        self.head_dist = nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
         self.head_dist.apply(init_linear)
 
 
@@ -142,32 +142,36 @@ class ChannelsLast(nn.Module):
         return x.permute(0, 2, 3, 1)
 
 
-class PoolBlock(nn.Module):
+class PoolBlock(Layer):
     """Pooling and MLP with residuals, on maps (B, C, H, W)."""
 
     def __init__(self, dim: int, hidden: int, drop_path: float):
         super().__init__()
-        self.ls1 = LayerScale(dim, 1e-5)
+        self.ls1 = LayerScale2d(dim, 1e-5)
         self.mlp = ConvMlp(dim, hidden)
-        self.ls2 = LayerScale(dim, 1e-5)
+        self.ls2 = LayerScale2d(dim, 1e-5)
         self.drop_path = DropPath(drop_path)
+        self.lerps = False
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(x)
-        if self.mlp.folds:
-            return residual(x, self.mlp.folded(x, self.ls2.gamma))
-        return x + self.drop_path(self.mlp(x) * self.ls2.gamma[:, None, None])
-
-    def pool(self, x: Tensor) -> Tensor:
-        """`x` moved towards its mean over 3 x 3 cells, by the layer scale."""
         pooled = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-        gamma = self.ls1.gamma[:, None, None]
-        if self.training and self.drop_path.drop_prob:
-            return x + self.drop_path((pooled - x) * gamma)
-        return torch.lerp(x, pooled, gamma.to(x.dtype))
+        if self.lerps:
+            x = torch.lerp(x, pooled, self.ls1.gamma[:, None, None].to(x.dtype))
+        else:
+            x = residual(x, self.drop_path(self.ls1(pooled - x)), spare=self.fast)
+        return residual(x, self.drop_path(self.ls2(self.mlp(x))), spare=self.fast)
+
+    def prepare_for_inference(self) -> nn.Module:
+        """The first scale moves `x` towards its mean in one operation, the second is part of a convolution."""
+        self.lerps = is_plain(self.ls1) and type(self.ls1) is LayerScale2d
+        if is_plain(self.ls2) and type(self.ls2) is LayerScale2d and type(self.mlp) is ConvMlp and is_plain(self.mlp):
+            scaled = scale_outputs(self.mlp.fc2, self.ls2.gamma) if isinstance(self.mlp.norm2, nn.Identity) else None
+            if scaled is not None:
+                self.mlp.fc2, self.ls2 = scaled, nn.Identity()
+        return super().prepare_for_inference()
 
 
-class ConvMlp(nn.Module):
+class ConvMlp(Layer):
     """1x1 convolution, BatchNorm, GELU, 1x1 convolution, BatchNorm."""
 
     def __init__(self, dim: int, hidden: int):
@@ -176,29 +180,20 @@ class ConvMlp(nn.Module):
         self.norm1 = nn.BatchNorm2d(hidden)
         self.fc2 = nn.Conv2d(hidden, dim, 1)
         self.norm2 = nn.BatchNorm2d(dim)
-        self._folded = TableCache(entries=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm2(conv2d(gelu(self.norm1(conv2d(x, self.fc1))), self.fc2))
+        return self.norm2(self.fc2(activate(self.norm1(self.fc1(x)), "gelu", spare=self.fast)))
 
-    @property
-    def folds(self) -> bool:
-        """Whether the norms are constant and nothing learns, so that they can be folded into the convolutions."""
-        return not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-
-    def folded(self, x: Tensor, gamma: Tensor) -> Tensor:
-        """The same times a layer scale (dim,), in two convolutions."""
-        sources = [gamma, *self.parameters(), *(b for b in self.buffers() if b.is_floating_point())]
-
-        def fold() -> tuple[Tensor, ...]:
-            weight, bias = fold_norm(self.fc2, self.norm2)
-            return *fold_norm(self.fc1, self.norm1), weight * gamma[:, None, None, None], bias * gamma
-
-        weight1, bias1, weight2, bias2 = self._folded.get((), sources, fold)
-        return conv2d(gelu(conv2d(x, self.fc1, weight1, bias1)), self.fc2, weight2, bias2)
+    def prepare_for_inference(self) -> nn.Module:
+        for fc, norm in (("fc1", "norm1"), ("fc2", "norm2")):
+            folded = fold_norm(getattr(self, fc), getattr(self, norm))
+            if folded is not None:
+                setattr(self, fc, folded)
+                setattr(self, norm, nn.Identity())
+        return super().prepare_for_inference()
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(Layer):
     """Attention and MLP with residuals, on maps (B, H, W, C)."""
 
     def __init__(self, dim: int, hidden: int, drop_path: float):
@@ -212,8 +207,8 @@ class AttentionBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = residual(x, self.drop_path(self.ls1(self.token_mixer(self.norm1(x)))))
-        return residual(x, self.drop_path(self.ls2(self.mlp(self.norm2(x)))))
+        x = residual(x, self.drop_path(self.ls1(self.token_mixer(self.norm1(x)))), spare=self.fast)
+        return residual(x, self.drop_path(self.ls2(self.mlp(self.norm2(x)))), spare=self.fast)
 
 
 class Attention(nn.Module):
@@ -223,8 +218,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.widths = (key_dim, key_dim, value_dim)
-        self.qkv = Linear(dim, heads * sum(self.widths))
-        self.proj = Linear(heads * value_dim, dim)
+        self.qkv = nn.Linear(dim, heads * sum(self.widths))
+        self.proj = nn.Linear(heads * value_dim, dim)
         self.bias = DistanceBias(7, heads)  # stride 32 at 224 x 224
 
     def forward(self, x: Tensor) -> Tensor:

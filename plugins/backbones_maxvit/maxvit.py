@@ -13,7 +13,7 @@ from backbones.backbone import Backbone
 from backbones.layers import (
     Blocks,
     ConvNorm,
-    Linear,
+    Layer,
     LogPositionBias,
     MBConv,
     Mlp,
@@ -212,7 +212,7 @@ class Block(nn.Module):
         return self.grid(self.window(self.conv(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
 
 
-class PartitionAttention(nn.Module):
+class PartitionAttention(Layer):
     """Attention within the parts of a map and MLP, with residuals, on maps (B, H, W, C).
 
     A part has `size` x `size` cells: neighbours in a window or, with `grid`, as far apart as the map allows.
@@ -246,8 +246,8 @@ class PartitionAttention(nn.Module):
         self._masked = TableCache(entries=2, largest=2**22)  # 16 MB in float32, for each block
 
     def forward(self, x: Tensor) -> Tensor:
-        x = residual(x, self.drop_path(self.attend(self.norm1(x))), self.ls1)
-        return residual(x, self.drop_path(self.mlp(self.norm2(x))), self.ls2)
+        x = residual(x, self.drop_path(self.attend(self.norm1(x))), self.ls1, spare=self.fast)
+        return residual(x, self.drop_path(self.mlp(self.norm2(x))), self.ls2, spare=self.fast)
 
     def attend(self, x: Tensor) -> Tensor:
         """Attention alone: (B, H, W, C) -> (B, H, W, C)."""
@@ -256,9 +256,8 @@ class PartitionAttention(nn.Module):
         attended = self.attn(parts, self.bias(*x.shape[:3], padding))
         return move(attended.flatten(0, 1), scatter, gather, padding).reshape(x.shape)
 
-    @torch.no_grad()  # no parameter is involved, so that training may keep the cuts too
     def cut(self, *place: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return self._cuts.get(place, (), lambda: cut_into_parts(*place, self.size, self.grid))
+        return self._cuts.get(place, lambda: cut_into_parts(*place, self.size, self.grid))
 
     def bias(self, batch: int, height: int, width: int, padding: Tensor) -> Tensor:
         """What is added to logits: (1, heads, N, N) or, with padding to mask, (B * parts, heads, N, N)."""
@@ -271,9 +270,7 @@ class PartitionAttention(nn.Module):
             mask = mask.unflatten(0, (-1, self.size**2))[:, None, None]
             return bias.expand(mask.shape[0], -1, -1, -1) + mask
 
-        if self.training:  # the bias may come from an MLP with dropout
-            return masked()
-        return self._masked.get((batch, height, width), list(self.attn.rel_pos.parameters()), masked)
+        return self._masked.get((batch, height, width, bias.device, bias.dtype), masked) if self.fast else masked()
 
 
 class Attention(nn.Module):
@@ -284,11 +281,11 @@ class Attention(nn.Module):
         self.heads = dim // HEAD_DIM
         self.heads_first = heads_first
         self.scale = (dim if scale_by_dim else HEAD_DIM) ** -0.5
-        self.qkv = Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
         self.rel_pos = (
             LogPositionBias(self.heads, position_hidden) if position_hidden else RelativePositionBias(size, self.heads)
         )
-        self.proj = Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         split = (self.heads, 3, HEAD_DIM) if self.heads_first else (3, self.heads, HEAD_DIM)

@@ -8,7 +8,7 @@ from timm.layers import DropPath, make_divisible
 from torch import Tensor, nn
 
 from backbones.backbone import Backbone
-from backbones.layers import Blocks, ConvNorm, ceil_div, init_conv, init_linear, residual
+from backbones.layers import Blocks, ConvNorm, Layer, ceil_div, init_conv, init_linear, residual
 from backbones.layers.padding import is_exporting
 from backbones.weights import KeyLayout
 
@@ -91,7 +91,7 @@ class MobileTrunk(Backbone):
         }
 
 
-class InvertedResidual(nn.Module):
+class InvertedResidual(Layer):
     """1x1, depth-wise 3x3, 1x1 without an activation; a residual where the shape stays (MobileNetV2)."""
 
     def __init__(self, in_chans: int, out_chans: int, stride: int, expand_ratio: float, drop_path: float):
@@ -106,7 +106,7 @@ class InvertedResidual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         update = self.project(self.depthwise(self.expand(x)))
         # Where there is no residual to fall back on, a dropped path would leave nothing of the image.
-        return residual(x, self.drop_path(update)) if self.has_residual else update
+        return residual(x, self.drop_path(update), spare=self.fast) if self.has_residual else update
 
 
 def resize(x: Tensor, height: int, width: int, align_corners: bool) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from backbones.layers import Attention, ConvNorm, Mlp, conv2d, residual
+from backbones.layers import Attention, ConvNorm, Layer, Mlp, residual
 
 from .common import MobileTrunk, even, from_patches, resize, to_patches
 
@@ -68,7 +68,7 @@ class MobileViTBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        y = resize(conv2d(self.local(x), self.embed), even(height), even(width), align_corners=False)
+        y = resize(self.embed(self.local(x)), even(height), even(width), align_corners=False)
         # A pixel attends to those of the same place in the other patches; each of the four places is a sequence.
         patches = to_patches(y.permute(0, 2, 3, 1)).permute(0, 2, 4, 1, 3, 5)  # (B, 2, 2, rows, columns, C)
         tokens = self.norm(self.transformer(patches.flatten(3, 4).flatten(0, 2)))
@@ -78,7 +78,7 @@ class MobileViTBlock(nn.Module):
         return self.fuse(torch.cat((x, y), dim=1))
 
 
-class Transformer(nn.Module):
+class Transformer(Layer):
     """Attention and MLP with residuals, on tokens (B, N, C)."""
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float, drop_path: float):
@@ -90,5 +90,5 @@ class Transformer(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = residual(x, self.drop_path(self.attn(self.norm1(x))))
-        return residual(x, self.drop_path(self.mlp(self.norm2(x))))
+        x = residual(x, self.drop_path(self.attn(self.norm1(x))), spare=self.fast)
+        return residual(x, self.drop_path(self.mlp(self.norm2(x))), spare=self.fast)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, make_divisible
 from torch import Tensor, nn
 
-from backbones.layers import ConvNorm, activate, conv2d, linear, may_overwrite, residual
+from backbones.layers import ConvNorm, Layer, TableCache, activate, is_plain, linear, may_overwrite, residual
 
 from .common import MobileTrunk, even, from_patches, resize, to_patches
 
@@ -57,12 +57,12 @@ class MobileViTv2Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         x = resize(x, even(height), even(width), align_corners=True)
-        x = self.norm(self.transformer(conv2d(self.local(x), self.embed)))
+        x = self.norm(self.transformer(self.embed(self.local(x))))
         # Interpolation and 1x1 convolution commute; the map is narrower before.
         return self.project(resize(x, height, width, align_corners=True))
 
 
-class Transformer(nn.Module):
+class Transformer(Layer):
     """Separable attention and MLP with residuals, on maps (B, C, H, W) of even sides."""
 
     def __init__(self, dim: int, mlp_ratio: float, drop_path: float):
@@ -74,16 +74,12 @@ class Transformer(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = residual(x, self.drop_path(self.attn(self.norm1(x))))
-        return residual(x, self.drop_path(self.mlp(self.norm2(x))))
+        x = residual(x, self.drop_path(self.attn(self.norm1(x))), spare=self.fast)
+        return residual(x, self.drop_path(self.mlp(self.norm2(x))), spare=self.fast)
 
 
 class SeparableAttention(nn.Module):
-    """Attention with one learned query: each place of the 2 x 2 patches has one context, which gates the values.
-
-    The scores of a place sum to 1 over the patches, so that its context, the weighted sum of keys, is the key of the
-    weighted sum of pixels. Keys are computed for four sums, not for every pixel.
-    """
+    """Attention with one learned query: each place of the 2 x 2 patches has one context, which gates the values."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -91,20 +87,61 @@ class SeparableAttention(nn.Module):
         self.out_proj = nn.Conv2d(dim, dim, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        dim = x.shape[1]
+        qkv = to_patches(self.qkv_proj(x).permute(0, 2, 3, 1))  # (B, rows, 2, columns, 2, 1 + 2 * C)
+        query, key, value = qkv.split((1, dim, dim), dim=-1)
+        scores = query.transpose(2, 3).flatten(1, 2).softmax(1)  # over the patches: (B, rows * columns, 2, 2, 1)
+        scores = scores.unflatten(1, (qkv.shape[1], qkv.shape[3])).transpose(2, 3)
+        context = (key * scores).sum((1, 3), keepdim=True)
+        gated = from_patches(F.relu(value) * context)
+        return self.out_proj(gated.permute(0, 3, 1, 2))
+
+    def prepare_for_inference(self) -> nn.Module:
+        return FastSeparableAttention(self) if is_plain(self.qkv_proj, nn.Conv2d) else self
+
+
+class FastSeparableAttention(Layer):
+    """The same with keys for four sums, not for every pixel.
+
+    The scores of a place sum to 1 over the patches, so that its context, the weighted sum of keys, is the key of the
+    weighted sum of pixels.
+    """
+
+    def __init__(self, layer: SeparableAttention):
+        super().__init__()
+        weight, bias = layer.qkv_proj.weight.flatten(1), layer.qkv_proj.bias
+        dim = weight.shape[1]
+        self.query = nn.Parameter(weight[0].clone())  # its bias shifts all scores alike
+        self.key = nn.Parameter(weight[1 : 1 + dim].clone())
+        self.key_bias = nn.Parameter(bias[1 : 1 + dim].clone())
+        self.value = nn.Parameter(weight[1 + dim :].clone())
+        self.value_bias = nn.Parameter(bias[1 + dim :].clone())
+        self.out_proj = layer.out_proj
+        self._places = TableCache(entries=2)
+
+    def forward(self, x: Tensor) -> Tensor:
         batch, dim, height, width = x.shape
-        query, key, value = self.qkv_proj.weight.split((1, dim, dim))
-        _, key_bias, value_bias = self.qkv_proj.bias.split((1, dim, dim))  # the query's shifts all scores alike
         pixels = x.permute(0, 2, 3, 1)
         tokens = pixels.flatten(1, 2)
+        key = (height, width, x.device, x.dtype)
         # (B, H W) -> (B, 4, H W): in each row, scores of one place over the patches, and zeros elsewhere
-        scores = (tokens @ query.flatten())[:, None] + _places(height, width, x)
-        context = F.linear(scores.softmax(-1) @ tokens, key.flatten(1), key_bias)  # (B, 4, C)
-        value = to_patches(activate(linear(pixels, value.flatten(1), value_bias), "relu"))
-        gated = from_patches(_gate(value, context.reshape(batch, 1, 2, 1, 2, dim)))
-        return conv2d(gated.permute(0, 3, 1, 2), self.out_proj)
+        scores = (tokens @ self.query)[:, None] + self._places.get(key, lambda: places(*key))
+        context = F.linear(scores.softmax(-1) @ tokens, self.key, self.key_bias)  # (B, 4, C)
+        value = to_patches(activate(linear(pixels, self.value, self.value_bias), "relu", spare=True))
+        context = context.reshape(batch, 1, 2, 1, 2, dim)
+        gated = from_patches(value.mul_(context) if may_overwrite(value, context) else value * context)
+        return self.out_proj(gated.permute(0, 3, 1, 2))
 
 
-class Mlp(nn.Module):
+def places(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(4, H W): 0 where a pixel has the row's place in its 2 x 2 patch, -inf elsewhere."""
+    rows, columns = (torch.arange(side, device=device) % 2 for side in (height, width))
+    place = (2 * rows[:, None] + columns).flatten()
+    elsewhere = place != torch.arange(4, device=device)[:, None]
+    return torch.zeros(elsewhere.shape, device=device, dtype=dtype).masked_fill_(elsewhere, float("-inf"))
+
+
+class Mlp(Layer):
     """1x1 convolution, SiLU, 1x1 convolution."""
 
     def __init__(self, dim: int, hidden: int):
@@ -113,17 +150,4 @@ class Mlp(nn.Module):
         self.fc2 = nn.Conv2d(hidden, dim, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return conv2d(activate(conv2d(x, self.fc1), "silu"), self.fc2)
-
-
-def _places(height: int, width: int, like: Tensor) -> Tensor:
-    """(4, H W): 0 where a pixel has the row's place in its 2 x 2 patch, -inf elsewhere."""
-    rows, columns = (torch.arange(side, device=like.device) % 2 for side in (height, width))
-    place = (2 * rows[:, None] + columns).flatten()
-    elsewhere = place != torch.arange(4, device=like.device)[:, None]
-    return torch.zeros_like(elsewhere, dtype=like.dtype).masked_fill_(elsewhere, float("-inf"))
-
-
-def _gate(x: Tensor, by: Tensor) -> Tensor:
-    """`x * by`; overwrites `x` where autograd does not need it."""
-    return x.mul_(by) if may_overwrite(x, by) else x * by
+        return self.fc2(activate(self.fc1(x), "silu", spare=self.fast))

@@ -8,7 +8,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from backbones.backbone import Backbone
-from backbones.layers import Blocks, Linear, SpatialReductionAttention, gelu, init_conv, init_linear, residual
+from backbones.layers import Blocks, Layer, SpatialReductionAttention, activate, init_conv, init_linear, residual
 from backbones.weights import KeyLayout
 
 TIMM = KeyLayout("timm", ((r"^patch_embed\.", "stages.0.embed."), (r"^(stages\.\d+)\.downsample\.", r"\1.embed.")))
@@ -96,7 +96,7 @@ class PatchEmbed(nn.Module):
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
-class Block(nn.Module):
+class Block(Layer):
     """Attention and MLP with residuals, on maps (B, H, W, C)."""
 
     def __init__(self, dim: int, heads: int, sr_ratio: int, mlp_ratio: float, drop_path: float):
@@ -108,8 +108,8 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = residual(x, self.drop_path(self.attn(self.norm1(x))))
-        return residual(x, self.drop_path(self.mlp(self.norm2(x))))
+        x = residual(x, self.drop_path(self.attn(self.norm1(x))), spare=self.fast)
+        return residual(x, self.drop_path(self.mlp(self.norm2(x))), spare=self.fast)
 
 
 class PooledAttention(SpatialReductionAttention):
@@ -122,25 +122,25 @@ class PooledAttention(SpatialReductionAttention):
 
     def reduce(self, x: Tensor) -> Tensor:
         x = self.sr(F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), 7))
-        return gelu(self.norm(x.permute(0, 2, 3, 1)))
+        return F.gelu(self.norm(x.permute(0, 2, 3, 1)))
 
 
-class Mlp(nn.Module):
+class Mlp(Layer):
     """MLP with a depth-wise 3 x 3 convolution before the GELU; the linear variant adds a ReLU before that."""
 
     def __init__(self, dim: int, hidden: int, relu: bool):
         super().__init__()
         self.relu = relu
-        self.fc1 = Linear(dim, hidden)
+        self.fc1 = nn.Linear(dim, hidden)
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.fc2 = Linear(hidden, dim)
+        self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
         if self.relu:
             x = F.relu(x)
         x = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.fc2(gelu(x))
+        return self.fc2(activate(x, "gelu", spare=self.fast))
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
@@ -12,7 +13,7 @@ from backbones.backbone import Backbone
 from backbones.errors import InputError
 from backbones.layers import (
     Blocks,
-    Linear,
+    Layer,
     Mlp,
     RelativePositionBias,
     TableCache,
@@ -147,7 +148,7 @@ class PatchMerging(nn.Module):
     def __init__(self, in_dim: int, dim: int):
         super().__init__()
         self.norm = nn.LayerNorm(4 * in_dim)
-        self.reduction = Linear(4 * in_dim, dim, bias=False)
+        self.reduction = nn.Linear(4 * in_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = pad_to_multiple(x, 2).permute(0, 2, 3, 1)
@@ -155,7 +156,7 @@ class PatchMerging(nn.Module):
         return self.reduction(self.norm(x)).permute(0, 3, 1, 2)
 
 
-class Block(nn.Module):
+class Block(Layer):
     """Attention within windows and MLP with residuals, on maps (B, H, W, C)."""
 
     def __init__(self, dim: int, heads: int, windows: "Windows", drop_path: float):
@@ -167,11 +168,11 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = residual(x, self.drop_path(self.attn(self.norm1(x))))
-        return residual(x, self.drop_path(self.mlp(self.norm2(x))))
+        x = residual(x, self.drop_path(self.attn(self.norm1(x))), spare=self.fast)
+        return residual(x, self.drop_path(self.mlp(self.norm2(x))), spare=self.fast)
 
 
-class WindowAttention(nn.Module):
+class WindowAttention(Layer):
     """Multi-head attention within the windows of a map (B, H, W, C), with a bias by relative position.
 
     Cells are projected where they are and gathered into windows afterwards, so that padding costs no projection.
@@ -183,18 +184,17 @@ class WindowAttention(nn.Module):
             raise InputError(f"SwinTransformer: {heads} heads do not divide a width of {dim}")
         self.heads = heads
         self.windows = windows
-        self.qkv = Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
         self.bias = RelativePositionBias(windows.size, heads)
-        self.proj = Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
         self._biases = TableCache(entries=2)
 
     def forward(self, x: Tensor) -> Tensor:
         cut = self.windows(*x.shape[:3], x.device)
-        qkv = self.qkv(x).flatten(0, 2)
-        if cut.padded:  # what the projection makes of a zero cell
-            qkv = torch.cat((qkv, self.qkv.bias.to(qkv.dtype)[None]))
+        cells = x.flatten(0, 2)
+        qkv = self.qkv(F.pad(cells, (0, 0, 0, 1)) if cut.padded else cells)  # the last cell is that of zeros
         windows = qkv.index_select(0, cut.gather).unflatten(0, (-1, cut.height * cut.width))  # (windows, N, 3 * C)
-        biases = self._biases.get(cut.key, self.bias.table, lambda: self.biases(cut)).to(qkv.dtype)
+        biases = self.biases(cut).to(qkv.dtype)
         if cut.masks is None:
             attended = attend(*windows.chunk(3, dim=-1), self.heads, biases)
         elif isinstance(cut.kinds, Tensor):
@@ -208,7 +208,13 @@ class WindowAttention(nn.Module):
     def biases(self, cut: "Cut") -> Tensor:
         """(kinds of windows, heads, N, N)."""
         bias = self.bias(cut.height, cut.width)
-        return bias if cut.masks is None else bias + cut.masks.to(bias.dtype)
+        if cut.masks is None:
+            return bias
+
+        def masked() -> Tensor:
+            return bias + cut.masks.to(bias.dtype)
+
+        return self._biases.get((cut.key, bias.device, bias.dtype), masked) if self.fast else masked()
 
 
 @dataclass(frozen=True)
@@ -251,9 +257,8 @@ class Windows:
         self.shrink = shrink
         self._cuts = TableCache(entries=2)
 
-    @torch.no_grad()  # no parameter is involved, so that training may keep the cuts too
     def __call__(self, batch: int, height: int, width: int, device: torch.device) -> Cut:
-        return self._cuts.get((batch, height, width, device), (), lambda: self.cut(batch, height, width, device))
+        return self._cuts.get((batch, height, width, device), lambda: self.cut(batch, height, width, device))
 
     def cut(self, batch: int, height: int, width: int, device: torch.device) -> Cut:
         (wh, sh), (ww, sw) = self._along(height), self._along(width)

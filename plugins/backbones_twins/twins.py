@@ -12,6 +12,7 @@ from backbones.backbone import Backbone
 from backbones.layers import (
     Attention,
     Blocks,
+    Layer,
     Mlp,
     SpatialReductionAttention,
     TableCache,
@@ -140,7 +141,7 @@ class PatchEmbed(nn.Module):
         return self.norm(self.proj(pad_to_multiple(x, self.proj.stride[0])).permute(0, 2, 3, 1))
 
 
-class Block(nn.Module):
+class Block(Layer):
     """Attention and MLP with residuals, on maps (B, H, W, C); the first of a stage encodes positions at its end."""
 
     def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: float, position: nn.Module):
@@ -153,11 +154,11 @@ class Block(nn.Module):
         self.position = position
 
     def forward(self, x: Tensor) -> Tensor:
-        x = residual(x, self.drop_path(self.attn(self.norm1(x))))
-        return self.position(residual(x, self.drop_path(self.mlp(self.norm2(x)))))
+        x = residual(x, self.drop_path(self.attn(self.norm1(x))), spare=self.fast)
+        return self.position(residual(x, self.drop_path(self.mlp(self.norm2(x))), spare=self.fast))
 
 
-class PositionEncoding(nn.Module):
+class PositionEncoding(Layer):
     """Depth-wise 3 x 3 convolution with a residual, on maps (B, H, W, C): zeros around the map tell where it ends."""
 
     def __init__(self, dim: int):
@@ -165,7 +166,7 @@ class PositionEncoding(nn.Module):
         self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return residual(x, self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return residual(x, self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), spare=self.fast)
 
 
 class WindowAttention(Attention):
@@ -189,9 +190,8 @@ class WindowAttention(Attention):
         attended = attend(*windows.chunk(3, dim=-1), self.heads).flatten(0, 1)
         return self.proj(attended.index_select(0, scatter)).reshape(x.shape)
 
-    @torch.no_grad()  # no parameter is involved, so that training may keep the cuts too
     def cut(self, *place: Any) -> tuple[Tensor, Tensor]:
-        return self._cuts.get(place, (), lambda: _cut(*place, self.window_size))
+        return self._cuts.get(place, lambda: _cut(*place, self.window_size))
 
 
 def _cut(batch: int, height: int, width: int, device: torch.device, size: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.errors import InputError
-from backbones.layers import Blocks, TableCache, conv2d, pad_same, residual
+from backbones.layers import Blocks, pad_same
 
 from .vit import STRIDES, VisionTransformer
 
@@ -54,12 +54,12 @@ class HybridVisionTransformer(VisionTransformer):
 
     def forward_features(self, images: Tensor) -> dict[int, Tensor] | Tensor:
         """Maps by index; of a classifier, the normed tokens (B, prefix tokens + patches, dim)."""
-        stages = self.patch_embed.backbone(images)
+        stages, patches = self.patch_embed(images)
         if not self.features_only:
-            return self.forward_patches(self.patch_embed.project(stages[-1]))
+            return self.forward_patches(patches)
         maps = {i: stages[i] for i in self.out_indices if not self.taps[i]}
         if self.blocks:
-            maps |= self.forward_patches(self.patch_embed.project(stages[-1]))
+            maps |= self.forward_patches(patches)
         return maps
 
     def levels(
@@ -101,9 +101,10 @@ class HybridEmbed(nn.Module):
         self.backbone = ResNet(in_chans, depths)
         self.proj = nn.Conv2d(64 * STRIDES[len(depths) - 1], dim, 1) if dim else None
 
-    def project(self, x: Tensor) -> Tensor:
-        """The last map (B, C, h, w) as patches (B, h, w, dim)."""
-        return conv2d(x, self.proj).permute(0, 2, 3, 1)
+    def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """The ResNet's maps, and its last one as patches (B, h, w, dim)."""
+        maps = self.backbone(images)
+        return maps, None if self.proj is None else self.proj(maps[-1]).permute(0, 2, 3, 1)
 
 
 class ResNet(nn.Module):
@@ -154,29 +155,36 @@ class Bottleneck(nn.Module):
         x = self.norm1(self.conv1(x))
         x = self.norm2(self.conv2(x))
         x = self.norm3(self.conv3(x))
-        return F.relu_(residual(shortcut, x))
+        return F.relu_(shortcut + x)
 
 
 class StdConv(nn.Conv2d):
     """Convolution whose weight has mean 0 and variance 1 per output channel, padded as TensorFlow's SAME."""
 
     eps = 1e-8
+    #: Whether the weight is standardised already, because it does not change any more.
+    standardised = False
 
     def __init__(self, in_chans: int, out_chans: int, kernel: int, stride: int = 1):
         super().__init__(in_chans, out_chans, kernel, stride, kernel // 2 if stride == 1 else 0, bias=False)
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
-        self._standardised = TableCache(entries=1)
 
     def forward(self, x: Tensor) -> Tensor:
         kernel, stride = self.kernel_size[0], self.stride[0]
         if stride > 1 and kernel > 1:
             x = pad_same(x, kernel, stride)
-        return conv2d(x, self, self._standardised.get((), self.weight, self.standardise))
+        weight = self.weight if self.standardised else self.standardise()
+        return F.conv2d(x, weight, None, self.stride, self.padding)
 
     def standardise(self) -> Tensor:
-        weight = self.weight.permute(0, 2, 3, 1)  # contiguous, because the base class has it channels-last
-        rows = weight.flatten(1)
-        return F.layer_norm(rows, rows.shape[1:], eps=self.eps).view(weight.shape).permute(0, 3, 1, 2)
+        """The weight that it runs with."""
+        rows = self.weight.flatten(1)
+        return F.layer_norm(rows, rows.shape[1:], eps=self.eps).view(self.weight.shape)
+
+    def prepare_for_inference(self) -> nn.Module:
+        self.weight = nn.Parameter(self.standardise(), requires_grad=False)
+        self.standardised = True
+        return self
 
 
 class GroupNorm(nn.GroupNorm):

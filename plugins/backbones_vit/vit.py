@@ -20,7 +20,7 @@ from backbones.backbone import Backbone
 from backbones.errors import InputError, WeightsError
 from backbones.layers import (
     Attention,
-    Linear,
+    Layer,
     Mlp,
     TableCache,
     init_linear,
@@ -305,7 +305,8 @@ class VisionTransformer(Backbone):
         resample = partial(
             resample_abs_pos_embed, self.pos_embed, (height, width), self.grid, num_prefix_tokens=self.embedded_prefix
         )
-        positions = self._positions.get((height, width), self.pos_embed, resample)
+        key = (height, width, x.device, x.dtype)
+        positions = self._positions.get(key, resample) if self.fast else resample()
         if not self.prefix:
             return x + positions.reshape(1, height, width, -1)
         x = x.flatten(1, 2)
@@ -325,7 +326,7 @@ class VisionTransformer(Backbone):
         width = 2 * dim if pool == "both" else dim
         if size:
             if not isinstance(self.pre_logits, nn.Sequential) or self.pre_logits.fc.in_features != width:
-                fc = Linear(width, size)
+                fc = nn.Linear(width, size)
                 init_linear(fc)
                 self.pre_logits = nn.Sequential(OrderedDict(fc=fc, act=nn.Tanh()))
             width = size
@@ -347,7 +348,7 @@ class VisionTransformer(Backbone):
     def _classifier(self, width: int) -> nn.Module:
         if not self.num_classes:
             return nn.Identity()
-        head = Linear(width, self.num_classes)
+        head = nn.Linear(width, self.num_classes)
         init_linear(head)
         return head
 
@@ -377,7 +378,7 @@ class PatchEmbed(nn.Module):
         return self.proj(self.convs(images)).permute(0, 2, 3, 1)
 
 
-class Block(nn.Module):
+class Block(Layer):
     """Pre-norm attention and MLP, on tokens (B, N, dim) or, without prefix tokens, maps (B, h, w, dim)."""
 
     def __init__(
@@ -394,8 +395,8 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = residual(x, self.drop_path(self.ls1(self.attend(self.norm1(x)))))
-        return residual(x, self.drop_path(self.ls2(self.mlp(self.norm2(x)))))
+        x = residual(x, self.drop_path(self.ls1(self.attend(self.norm1(x)))), spare=self.fast)
+        return residual(x, self.drop_path(self.ls2(self.mlp(self.norm2(x)))), spare=self.fast)
 
     def attend(self, x: Tensor) -> Tensor:
         """Attention among all tokens or, in maps larger than a window, within windows."""

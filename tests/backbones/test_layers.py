@@ -2,21 +2,23 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from timm.layers import Conv2dSame
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from backbones import for_inference
 from backbones.errors import InputError
 from backbones.layers import (
     Attention,
     Blocks,
     ConvNorm,
     DistanceBias,
-    Linear,
+    FastLinear,
     LogPositionBias,
     MBConv,
     PreLogits,
@@ -25,10 +27,8 @@ from backbones.layers import (
     TableCache,
     activate,
     attend,
-    conv2d,
     fold_norm,
     fold_norm_before,
-    gelu,
     halve,
     pad_same,
     pad_to_multiple,
@@ -43,8 +43,8 @@ from backbones.layers import (
 )
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_equals_torch_forward_and_backward(shape, bias):
-    ours, theirs = Linear(24, 40, bias=bias), nn.Linear(24, 40, bias=bias)
-    theirs.load_state_dict(ours.state_dict())
+    theirs = nn.Linear(24, 40, bias=bias)
+    ours = FastLinear.of(copy.deepcopy(theirs))
     x = torch.randn(shape, requires_grad=True)
     y = x.detach().clone().requires_grad_()
     a, b = ours(x), theirs(y)
@@ -57,47 +57,40 @@ def test_linear_equals_torch_forward_and_backward(shape, bias):
 
 
 def test_linear_takes_views_that_are_not_contiguous():
-    layer = Linear(8, 4)
+    layer = FastLinear(8, 4)
     x = torch.randn(2, 8, 2000).transpose(1, 2)
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), atol=1e-6, rtol=1e-5)
 
 
 def test_linear_follows_autocast_and_dtype():
-    layer = Linear(8, 4)
+    layer = FastLinear(8, 4)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(torch.randn(2, 8)).dtype == torch.bfloat16
     assert layer.double()(torch.randn(2, 8).double()).dtype == torch.float64
 
 
-def test_gelu_overwrites_only_what_autograd_does_not_need():
-    x = torch.randn(4, 5)
-    expected = F.gelu(x)
-    needed = x.clone().requires_grad_()
-    assert torch.equal(gelu(needed * 1), expected)
-    with torch.no_grad():
-        spare = x.clone()
-        assert torch.equal(gelu(spare), expected)
-        assert torch.equal(spare, expected)
-
-
-def test_residual_leaves_its_input_and_keeps_the_wider_dtype():
+def test_residual_keeps_the_wider_dtype_and_overwrites_only_what_is_spare():
     x, update = torch.randn(3, 4), torch.randn(3, 4)
-    before, expected = x.clone(), x + update
-    assert torch.equal(residual(x, update.clone()), expected)
+    before, given, expected = x.clone(), update.clone(), x + update
+    assert torch.equal(residual(x, update), expected)
+    assert torch.equal(update, given)
+    assert residual(x, update.bfloat16(), spare=True).dtype == torch.float32
+    assert torch.equal(residual(x, x, spare=True), 2 * x)
+    assert residual(x, update, spare=True) is update
+    assert torch.equal(update, expected)
     assert torch.equal(x, before)
-    assert residual(x, update.bfloat16()).dtype == torch.float32
 
 
 def test_residual_scales_each_channel_of_the_update_and_lets_the_scale_learn():
     x, update, scale = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randn(4, requires_grad=True)
     expected = x + scale.detach() * update
-    learning = residual(x, update, scale)
+    learning = residual(x, update, scale, spare=True)
     learning.sum().backward()
     torch.testing.assert_close(scale.grad, update.sum((0, 1)))
     torch.testing.assert_close(learning.detach(), expected)
     with torch.no_grad():
         assert residual(x, update.bfloat16(), scale).dtype == torch.float32
-        overwritten = residual(x, update, scale)
+        overwritten = residual(x, update, scale, spare=True)
     torch.testing.assert_close(overwritten, expected)
     assert overwritten.data_ptr() == update.data_ptr()
 
@@ -151,15 +144,17 @@ def test_blocks_recompute_to_the_same_gradients():
 @pytest.mark.parametrize(
     ("act", "function"), [(None, lambda x: x), ("relu", F.relu), ("silu", F.silu), ("gelu", F.gelu)]
 )
-def test_activations_overwrite_only_what_autograd_does_not_need(act, function):
+def test_activations_overwrite_only_what_is_spare_and_autograd_does_not_need(act, function):
     x = torch.randn(4, 5)
-    needed = x.clone().requires_grad_()
-    assert torch.equal(activate(needed * 1, act), function(x))
-    assert torch.equal(activate(needed.detach().clone(), act), function(x))
-    with torch.no_grad():
-        spare = x.clone()
-        assert torch.equal(activate(spare, act), function(x))
-        assert torch.equal(spare, function(x))
+    given = x.clone()
+    assert torch.equal(activate(x, act), function(given))
+    assert torch.equal(x, given)
+    needed = x.clone().requires_grad_() * 1
+    assert torch.equal(activate(needed, act, spare=True), function(x))
+    assert torch.equal(needed, given)
+    spare = x.clone()
+    assert torch.equal(activate(spare, act, spare=True), function(x))
+    assert torch.equal(spare, function(x))
 
 
 class TestConvNorm:
@@ -170,20 +165,19 @@ class TestConvNorm:
     @pytest.mark.parametrize("size", [(9, 10), (8, 8), (1, 1)])
     def test_folding_the_norm_changes_nothing(self, layer, size):
         x = torch.randn(2, 4, *size)
-        with torch.no_grad():
-            folded = layer(x)
-        torch.testing.assert_close(folded, layer(x), atol=1e-5, rtol=1e-5)
+        expected = layer(x)
+        folded = copy.deepcopy(layer).prepare_for_inference()
+        assert type(folded.norm) is nn.Identity
+        torch.testing.assert_close(folded(x), expected, atol=1e-5, rtol=1e-5)
         stride = layer.conv.stride[0]
-        assert folded.shape == (2, 6, -(-size[0] // stride), -(-size[1] // stride))
+        assert expected.shape == (2, 6, -(-size[0] // stride), -(-size[1] // stride))
 
-    def test_a_changed_norm_is_folded_anew(self, layer):
+    def test_a_layer_that_comes_between_stays_there(self, randomise):
+        layer = randomise(ConvNorm(4, 6, between=True))
         x = torch.randn(2, 4, 8, 8)
-        with torch.no_grad():
-            before = layer(x)
-            layer.norm.running_mean.add_(1)
-            after = layer(x)
-        assert (before - after).abs().max() > 0.1
-        torch.testing.assert_close(after, layer(x), atol=1e-5, rtol=1e-5)
+        expected = layer(x, torch.tanh)
+        torch.testing.assert_close(copy.deepcopy(layer).prepare_for_inference()(x, torch.tanh), expected)
+        assert not torch.allclose(expected, layer(x), atol=1e-3)
 
     def test_training_learns_statistics(self, layer):
         layer.train()
@@ -192,32 +186,10 @@ class TestConvNorm:
         assert layer.norm.num_batches_tracked == 1
 
 
-@pytest.mark.parametrize("channels_last", [True, False])
-@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"groups": 4}, {"bias": False}])
-def test_conv2d_equals_the_module_forward_and_backward(options, channels_last):
-    conv = nn.Conv2d(8, 12, 1, **options)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    x = torch.randn(2, 8, 5, 7).contiguous(memory_format=memory_format)
-    gradients = []
-    for run in (conv, lambda x: conv2d(x, conv)):
-        leaf = x.clone().requires_grad_()
-        y = run(leaf)
-        y.square().sum().backward()
-        gradients.append([y, leaf.grad, conv.weight.grad.clone()])
-        conv.zero_grad()
-    for theirs, ours in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    weight = torch.randn_like(conv.weight)
-    torch.testing.assert_close(
-        conv2d(x, conv, weight), nn.functional.conv2d(x, weight, stride=conv.stride, groups=conv.groups)
-    )
-
-
 def test_a_folded_norm_scales_the_bias_of_the_convolution_too(randomise):
     conv, norm = randomise(nn.Conv2d(4, 6, 3)), randomise(nn.BatchNorm2d(6))
     x = torch.randn(2, 4, 8, 8)
-    weight, bias = fold_norm(conv, norm)
-    torch.testing.assert_close(nn.functional.conv2d(x, weight, bias), norm(conv(x)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(fold_norm(conv, norm)(x), norm(conv(x)), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kernel", [3, 7])
@@ -232,8 +204,7 @@ def test_same_padding_is_that_of_tensorflow(side, kernel):
 def test_a_norm_before_a_convolution_is_folded_into_it(randomise):
     norm, conv = randomise(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1)))
     x = torch.randn(2, 4, 5, 3)
-    folded = F.conv2d(x, *fold_norm_before(norm, conv.weight, conv.bias))
-    torch.testing.assert_close(folded, conv(norm(x)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(fold_norm_before(norm, conv)(x), conv(norm(x)), atol=1e-5, rtol=1e-5)
 
 
 class TestRelativePositionBias:
@@ -308,15 +279,15 @@ class TestLogPositionBias:
         bias = LogPositionBias(heads=2, hidden=8).eval()
         torch.testing.assert_close(bias.by_offset(5, 6)[:, 2:-2, 3:-3], bias.by_offset(3, 3))
 
-    def test_it_is_kept_in_eval_alone(self):
+    def test_it_drops_in_training_and_is_kept_for_inference_alone(self):
         bias = LogPositionBias(heads=2, hidden=8)
         with torch.no_grad():
-            assert not torch.equal(bias(3, 3), bias(3, 3))  # dropout
-            bias.eval()
-            kept = bias(3, 3)
-            assert bias(3, 3) is kept
-            bias.fc2.weight.add_(1)
-            assert not torch.equal(bias(3, 3), kept)
+            assert not torch.equal(bias(3, 3), bias(3, 3))
+            before = bias.eval()(3, 3)
+            bias.fc2.weight.data.add_(1)
+            assert not torch.equal(bias(3, 3), before)
+            fast = bias.prepare_for_inference()
+            assert fast(3, 3) is fast(3, 3)
 
 
 class TestMBConv:
@@ -339,12 +310,9 @@ class TestMBConv:
         stride = options.get("stride", 1)
         assert expected.shape == (2, 24, *(-(-side // stride) for side in size))
         with torch.no_grad():
-            torch.testing.assert_close(block(x), expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(for_inference(block)(x), expected, atol=1e-5, rtol=1e-5)
             assert torch.equal(x, before)
-            block.pre_norm.weight.mul_(2)
-            changed = block(x)
-        torch.testing.assert_close(changed, block(x), atol=1e-5, rtol=1e-5)
-        assert not torch.allclose(changed, expected, atol=1e-3)
+            assert torch.equal(block(x), expected)
 
     def test_a_shortcut_of_equal_width_is_projected_only_if_asked_for(self):
         assert MBConv(16, 16, stride=2).shortcut is None
@@ -357,14 +325,14 @@ class TestMBConv:
             assert block.depthwise.conv.out_channels == hidden
             assert block.se.fc1.out_channels == squeezed
 
-    def test_squeeze_excitation_overwrites_only_what_autograd_does_not_need(self):
+    def test_squeeze_excitation_overwrites_only_for_inference(self):
         layer, x = SqueezeExcite(8, 2), torch.randn(2, 8, 5, 5)
         gate = layer.fc2(F.silu(layer.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
         before = x.clone()
-        torch.testing.assert_close(layer(x), before * gate)
-        assert torch.equal(x, before)
         with torch.no_grad():
-            assert layer(x) is x
+            torch.testing.assert_close(layer(x), before * gate)
+            assert torch.equal(x, before)
+            assert layer.prepare_for_inference()(x) is x
         torch.testing.assert_close(x, before * gate)
 
 
@@ -384,64 +352,44 @@ def test_pre_logits_are_norm_linear_and_tanh():
 
 
 class TestTableCache:
-    def test_computes_once_per_size_until_the_source_changes(self):
-        cache, source, calls = TableCache(), nn.Parameter(torch.ones(3)), []
+    def test_computes_once_per_key(self):
+        cache, calls = TableCache(), []
 
         def compute():
             calls.append(1)
-            return source * 2
+            return torch.ones(3)
 
-        with torch.no_grad():
-            first = cache.get((1, 2), source, compute)
-            assert cache.get((1, 2), source, compute) is first
-            cache.get((3, 4), source, compute)
-            assert len(calls) == 2
-            source.add_(1)
-            assert torch.equal(cache.get((1, 2), source, compute), torch.full((3,), 4.0))
-            source.data = torch.zeros(3)
-            assert torch.equal(cache.get((1, 2), source, compute), torch.zeros(3))
-
-    def test_any_of_several_sources_may_change(self):
-        cache, sources = TableCache(), [torch.ones(3), torch.ones(3)]
-        with torch.no_grad():
-            first = cache.get((), sources, lambda: sources[0] * sources[1])
-            assert cache.get((), sources, lambda: sources[0] * sources[1]) is first
-            sources[1].add_(1)
-            assert torch.equal(cache.get((), sources, lambda: sources[0] * sources[1]), torch.full((3,), 2.0))
-
-    def test_computes_anew_where_gradients_flow(self):
-        cache, source = TableCache(), nn.Parameter(torch.ones(3))
-        assert cache.get(1, source, lambda: source * 2).requires_grad
+        first = cache.get((1, 2), compute)
+        assert cache.get((1, 2), compute) is first
+        assert cache.get((3, 4), compute) is not first
+        assert len(calls) == 2
 
     def test_serves_autograd_after_inference_mode(self):
-        cache, source = TableCache(), nn.Parameter(torch.ones(3))
+        cache = TableCache()
         with torch.inference_mode():
-            cache.get(1, source, lambda: source * 2)
-        with torch.no_grad():
-            assert not cache.get(1, source, lambda: source * 2).is_inference()
+            cache.get(1, lambda: torch.ones(3))
+        (torch.ones(3, requires_grad=True) * cache.get(1, lambda: torch.ones(3))).sum().backward()
 
-    def test_another_tensor_at_the_same_place_is_another_source(self):
-        cache, memory = TableCache(), np.ones(3)
-
-        def table():
-            source = torch.from_numpy(memory)
-            return cache.get(1, source, lambda: source * 2)
-
-        with torch.no_grad():
-            table()
-            memory.fill(5)
-            assert table().tolist() == [10, 10, 10]
+    def test_keeps_nothing_while_tracing_or_of_fake_tensors(self):
+        cache, places = TableCache(), torch.zeros(1)
+        torch.jit.trace(lambda x: x + cache.get(1, lambda: torch.ones(3)), places, check_trace=False)
+        with FakeTensorMode():
+            cache.get(1, lambda: torch.ones(3))
+        assert cache._tables == {}
 
     def test_a_huge_table_is_not_kept(self):
-        cache, source = TableCache(largest=5), torch.ones(3)
-        with torch.no_grad():
-            first = cache.get(1, source, lambda: source.repeat(2))
-            assert cache.get(1, source, lambda: source.repeat(2)) is not first
+        cache = TableCache(largest=5)
+        assert cache.get(1, lambda: torch.ones(6)) is not cache.get(1, lambda: torch.ones(6))
 
     def test_keeps_few_entries_and_copies_none(self):
-        cache, source = TableCache(entries=2), torch.ones(3)
-        with torch.no_grad():
-            for size in range(5):
-                cache.get(size, source, lambda: source * 2)
+        cache = TableCache(entries=2)
+        for size in range(5):
+            cache.get(size, lambda: torch.ones(3))
         assert len(cache._tables) == 2
         assert copy.deepcopy(cache)._tables == pickle.loads(pickle.dumps(cache))._tables == {}
+
+    def test_threads_may_share_it(self):
+        cache = TableCache(entries=2)
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda i: cache.get(i % 5, lambda: torch.full((2,), i % 5))[0].item(), range(2000)))
+        assert found == [i % 5 for i in range(2000)]
