@@ -31,12 +31,48 @@ from ..training.sharding import FullySharded
 from ..training.task import Task
 
 SHORTHANDS = {"--backbone": "--model.backbone", "--data": "--data.root"}
-EPILOG = (
-    "shorthands: --backbone NAME (or '{name: NAME, option: value}') is --model.backbone, --data DIR is --data.root. "
-    "--out DIR is the run folder, by default the next of runs/TASK-001, -002, ... "
-    "--ckpt_path last (or best, or a file) goes on with a run: the newest, or the one in --out. "
-    "--print_groups prints the learning rate and weight decay of every parameter instead of training."
-)
+SECTIONS = "[--model.OPTION VALUE] [--data.OPTION VALUE] [--trainer.OPTION VALUE] [-c CONFIG]"
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser, whose help begins with what users set first: the options that are not Lightning's."""
+
+    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
+        lightning = super().format_help(formatter)
+        command, _, task = self.prog.removeprefix("backbones ").partition(" ")
+        first = _own_parser(command, task).format_help().rstrip()
+        return f"{first}\n\n{lightning.partition(SECTIONS)[2].strip()}\n"
+
+
+def _own_parser(command: str = "", task: str = "") -> argparse.ArgumentParser:
+    """The options of `backbones fit` and its kin that are not Lightning's; with a command, as its help shows them."""
+    parser = argparse.ArgumentParser(
+        prog=f"backbones {command} {task}",
+        usage=f"%(prog)s [--data DIR] [--backbone NAME] [--out DIR] [--ckpt_path last]\n{' ' * 8}{SECTIONS}",
+        description=DESCRIPTIONS.get(command, "").format(task),
+        add_help=False,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument_group("what to set first").add_argument
+    if command:
+        add(
+            "--data", metavar="DIR", help="folder of your images and labels, --data.root in full; else shapes are drawn"
+        )
+        add("--backbone", metavar="NAME", help="or '{name: NAME, option: value}', --model.backbone in full")
+    add("--out", metavar="DIR", help="the run folder; a new run takes the next of runs/TASK-001, -002, ...")
+    going_on = "goes on with a run: the newest, or the one in --out" if command == "fit" else "what to measure"
+    add("--ckpt_path", metavar="last|best|FILE", help=going_on)
+    if command in ("", "fit"):
+        does = "print the learning rate and weight decay of every parameter instead of training"
+        add("--print_groups", action="store_true", help=does)
+    return parser
+
+
+DESCRIPTIONS = {
+    "fit": "Train a {} model. Options of the model come first, then the data's, and last the trainer's, Lightning's.",
+    "validate": "Measure a {} checkpoint on the validation images.",
+    "test": "Measure a {} checkpoint on the test images.",
+}
 
 
 def as_trained(task: type[Task], checkpoint: Path, trained: Mapping[str, Any], with_config: bool = True) -> list[str]:
@@ -82,6 +118,7 @@ class CommandLine(LightningCLI):
         super().__init__(
             task,
             task.data_class,
+            parser_class=Parser,
             args=argv,
             run=False,
             seed_everything_default=0,
@@ -90,8 +127,8 @@ class CommandLine(LightningCLI):
             load_from_checkpoint_support=False,
             parser_kwargs={
                 "prog": f"backbones {command} {task.name}",
-                "description": f"{command} a {task.name} model",
-                "epilog": EPILOG,
+                "usage": f"%(prog)s {SECTIONS}",
+                "description": None,
                 "exit_on_error": False,
                 "allow_abbrev": False,
             },
@@ -104,6 +141,18 @@ class CommandLine(LightningCLI):
                 "enable_model_summary": False,
             },
         )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """With the model and the data; see below."""
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """As Lightning does, but for the order, which is that of `--help`."""
+        parser.add_lightning_class_args(self.task, "model")
+        parser.add_lightning_class_args(self.task.data_class, "data")
+        super().add_default_arguments_to_parser(parser)  # the seed
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        defaults = {f"trainer.{name}": value for name, value in self.trainer_defaults.items() if name != "callbacks"}
+        parser.set_defaults(defaults)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name in self.task.linked:
@@ -184,11 +233,7 @@ def write_config(cli: CommandLine, file: Path) -> None:
 
 def own_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Take out the options of `backbones fit` that are not Lightning's, and write shorthands in full."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--out")
-    parser.add_argument("--ckpt_path")
-    parser.add_argument("--print_groups", action="store_true")
-    own, rest = parser.parse_known_args(list(argv))
+    own, rest = _own_parser().parse_known_args(list(argv))
     rest = [re.sub(r"^(--backbone|--data)(?==|$)", lambda match: SHORTHANDS[match[1]], argument) for argument in rest]
     own.has_config = any(re.match(r"(-c|--config)(=|$)", argument) for argument in rest)
     return own, rest

@@ -78,6 +78,28 @@ def test_what_is_unknown_is_refused_before_anything_is_loaded(argument, message,
     assert [path.name for path in workplace.iterdir()] == ["typo.yaml"]
 
 
+@pytest.mark.parametrize("task", ["segmentation", "multitask"])
+def test_help_begins_with_what_users_set_first(task, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", task, "--help"])
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    order = [
+        "--data DIR",
+        "--backbone NAME",
+        "--out DIR",
+        "--ckpt_path",
+        "--model.backbone",
+        "--data.root",
+        "--trainer",
+    ]
+    places = [shown.index(f"\n  {option}") for option in order]
+    assert places == sorted(places)
+    assert "--trainer" not in "\n".join(shown.splitlines()[3:60])
+    assert shown.count("--out DIR") == 2  # in the usage and in its line
+
+
 def test_unknown_backbone_options_and_tasks_are_refused(capsys):
     assert fit("--backbone={name: pvt_v2_b0, drop_path_rat: 0.1}") == 2
     assert "did you mean 'drop_path_rate'?" in capsys.readouterr().err
