@@ -15,7 +15,7 @@ import argparse
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 from unittest import mock
@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 from backbones.cli.output import print_hint, print_json, print_table
 from backbones.discovery import describe
+from backbones.layers.cache import TableCache
 
 from .cases import Case, columns
 
@@ -120,13 +121,12 @@ def count(model: nn.Module, images: Tensor, dtype: torch.dtype, for_inference: b
     import backbones
 
     work = GPUWork()
-    with FakeTensorMode(), _attention(work), torch.no_grad():
+    mixed = dtype != torch.float32 and not for_inference
+    if for_inference:  # before the move: what it folds is values
+        model = backbones.for_inference(model, dtype=None if dtype == torch.float32 else dtype)
+    with FakeTensorMode(), _attention(work), _tables(), torch.no_grad():
         _move(model)
-        images = torch.empty(images.shape, device="cuda")
-        mixed = dtype != torch.float32 and not for_inference
-        if for_inference:
-            model = backbones.for_inference(model, dtype=None if dtype == torch.float32 else dtype)
-            images = images.to(dtype)
+        images = torch.empty(images.shape, device="cuda", dtype=dtype if for_inference else torch.float32)
         with _autocast(dtype if mixed else None), work:
             for _ in range(2):
                 work.operations.clear()
@@ -210,6 +210,18 @@ def _autocast(dtype: torch.dtype | None) -> Iterator[None]:
             torch.clear_autocast_cache()
         torch.set_autocast_enabled("cuda", before[0])
         torch.set_autocast_dtype("cuda", before[1])
+
+
+def _tables() -> Any:
+    """Has caches keep tables of fake tensors, for as long as this run: they are no use to any other."""
+    kept: dict[Hashable, Any] = {}
+
+    def get(cache: TableCache, key: Hashable, compute: Callable[[], Any]) -> Any:
+        if (cache, key) not in kept:
+            kept[cache, key] = compute()
+        return kept[cache, key]
+
+    return mock.patch.object(TableCache, "get", get)
 
 
 def _attention(work: GPUWork) -> Any:
