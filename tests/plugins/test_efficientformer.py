@@ -130,10 +130,12 @@ def test_drop_path_drops_both_branches(reference, load_pair):
     assert torch.equal(block(x), x)
 
 
+@pytest.mark.usefixtures("on_meta")
 def test_norms_have_the_epsilon_of_timm(reference, assert_epsilons_equal):
     assert_epsilons_equal(build_backbone("efficientformer_l1", features_only=False), reference, TIMM)
 
 
+@pytest.mark.usefixtures("on_meta")
 def test_drop_path_rates_equal_timm():
     reference = timm.create_model("efficientformer_l1", drop_path_rate=0.3)
     model = build_backbone("efficientformer_l1", drop_path_rate=0.3)

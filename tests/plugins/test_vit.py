@@ -155,6 +155,7 @@ def test_gradients_equal_timm(name, randomise):
         assert (parameter.grad - theirs[key]).abs().max() <= 1e-4 * scale, key
 
 
+@pytest.mark.usefixtures("on_meta")
 def test_norms_have_the_epsilon_of_timm():
     """Which random activations are too large to show."""
     model, reference = build_backbone(TINY, features_only=False), from_timm(TINY)
@@ -163,6 +164,7 @@ def test_norms_have_the_epsilon_of_timm():
     assert len(ours) == 25
 
 
+@pytest.mark.usefixtures("on_meta")
 def test_drop_path_rates_equal_timm():
     reference = from_timm(TINY, drop_path_rate=0.3)
     model = build_backbone(TINY, drop_path_rate=0.3)
@@ -448,6 +450,7 @@ def test_windows_attend_among_themselves(randomise, assert_equals_reference):
                 assert_equals_reference(f"window at {y}, {x}", whole[..., y : y + 3, x : x + 3], alone)
 
 
+@pytest.mark.usefixtures("on_meta")
 def test_global_blocks_default_to_the_last_of_each_quarter():
     backbone = build_backbone(TINY, window_size=7)
     assert [i for i, block in enumerate(backbone.blocks) if not block.window] == [2, 5, 8, 11]
