@@ -1,6 +1,7 @@
 """`backbones fit | validate | test TASK`: Lightning's command line, run folders, resuming."""
 
 import argparse
+import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -87,7 +88,10 @@ def as_trained(task: type[Task], checkpoint: Path, trained: Mapping[str, Any], w
     model = {name: value for name, value in trained.items() if name not in (*task.linked, "seed")}
     config = checkpoint.parent.parent / "config.yaml"
     before = ["--config", str(config)] if with_config and config.is_file() else []
-    return [*before, "--model", json.dumps(model)]
+    known = inspect.signature(task.data_class).parameters
+    reading = {name: value for name, value in trained["reading"].items() if name in known and value is not None}
+    data = [part for name, value in reading.items() for part in (f"--data.{name}", json.dumps(value))]
+    return [*before, "--model", json.dumps(model), *data]
 
 
 class CommandLine(LightningCLI):

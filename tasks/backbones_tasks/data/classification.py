@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from .coco import check_names
 from .faults import Faults, count, tell
-from .folders import DataError
-from .images import IMAGE_SUFFIXES, UNREADABLE, each_in_threads, read_image
+from .folders import DataError, tell_others
+from .images import IMAGE_SUFFIXES, JUNK, UNREADABLE, each_in_threads, find_files
+from .layouts import SPLIT_NAMES
 from .loading import DataModule, held_out, jitter, seeded
-from .segmentation import PAD_COLOUR, ShapesOptions
+from .reading import Bands, Range, Reading, to_unit
+from .segmentation import ShapesOptions
 from .shapes import SHAPES, draw_scene
 
 SPLITS = ("train", "val", "test")
@@ -24,22 +26,29 @@ Item = tuple[Path, int]
 
 
 class ImageFolderDataset(Dataset):
-    """Files and classes as (image, class): (3, size, size) float32 in [0, 1] and an int64 scalar.
+    """Files and classes as (image, class): (C, size, size) float32 in [0, 1] and an int64 scalar.
 
     Args:
         items: files and the indices of their classes
-        transform: from an image (3, H, W) uint8 to one of `size` x `size`
+        transform: from an image (C, H, W) to one of `size` x `size`
         size: side of the images handed out
         seed: with it the transform draws anew in each epoch, and indices are the (epoch, index) pairs of
             `EpochSampler`; None for validation
         skip: what cannot be read is named in a warning, and the next image is handed out in its place; else it is an
             error
+        reading: how files are read
     """
 
     def __init__(
-        self, items: list[Item], transform: v2.Transform, size: int, seed: int | None = None, skip: bool = False
+        self,
+        items: list[Item],
+        transform: v2.Transform,
+        size: int,
+        seed: int | None = None,
+        skip: bool = False,
+        reading: Reading = Reading(),  # noqa: B008  (never changed)
     ):
-        self.items, self.transform, self.seed, self.skip = items, transform, seed, skip
+        self.items, self.transform, self.seed, self.skip, self.reading = items, transform, seed, skip, reading
         self.sizes = [(size, size)] * len(items)
 
     def __len__(self) -> int:
@@ -48,21 +57,25 @@ class ImageFolderDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         image, label = self._read(index)
-        pixels = tv_tensors.Image(v2.functional.pil_to_tensor(image))
+        pixels = tv_tensors.Image(image)
         if self.seed is None:
             pixels = self.transform(pixels)
         else:
             with seeded(self.seed, epoch, index):
                 pixels = self.transform(pixels)
-        return pixels.as_subclass(torch.Tensor).float() / 255, torch.tensor(label)
+        return to_unit(pixels), torch.tensor(label)
 
-    def _read(self, index: int) -> tuple[Image.Image, int]:
+    @property
+    def files(self) -> list[Path]:
+        return [file for file, _ in self.items]
+
+    def _read(self, index: int) -> tuple[torch.Tensor, int]:
         if index >= len(self):
             raise IndexError(index)  # which ends an iteration
         for step in range(len(self)):
             file, label = self.items[(index + step) % len(self)]
             try:
-                return read_image(file), label
+                return self.reading.tensor(file), label
             except UNREADABLE as error:
                 message = f"{file}: cannot be read: {error}"
                 if not self.skip:
@@ -94,26 +107,33 @@ class SingleShapes(Dataset):
 
 
 def training_transform(
-    size: int, scale: tuple[float, float], flip: float, color_jitter: float, strong: Sequence[v2.Transform] = ()
+    size: int,
+    scale: tuple[float, float],
+    flip: float,
+    color_jitter: float,
+    strong: Sequence[v2.Transform] = (),
+    channels: int = 3,
 ) -> v2.Transform:
     """A random part of the image, resized to `size` x `size`, horizontal flip, colour jitter, and `strong` at last."""
     steps: list[v2.Transform] = [
         v2.RandomResizedCrop(size, scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
         v2.RandomHorizontalFlip(flip),
     ]
-    return v2.Compose([*steps, *jitter(color_jitter), *strong])
+    return v2.Compose([*steps, *jitter(color_jitter, channels), *strong])
 
 
-def strong_augmentation(policy: str | None, operations: int, magnitude: int, erasing: float) -> list[v2.Transform]:
+def strong_augmentation(
+    policy: str | None, operations: int, magnitude: int, erasing: float, fill: Sequence[float]
+) -> list[v2.Transform]:
     """RandAugment or TrivialAugment, where asked for, and random erasing; `ClassificationData` tells the options."""
     steps: list[v2.Transform] = []
-    common = {"interpolation": v2.InterpolationMode.BILINEAR, "fill": list(PAD_COLOUR)}
+    common = {"interpolation": v2.InterpolationMode.BILINEAR, "fill": list(fill)}
     if policy == "randaugment":
         steps.append(v2.RandAugment(operations, magnitude, **common))
     elif policy == "trivialaugment":
         steps.append(v2.TrivialAugmentWide(**common))
     if erasing:
-        steps.append(v2.RandomErasing(erasing, value=list(PAD_COLOUR)))
+        steps.append(v2.RandomErasing(erasing, value=list(fill)))
     return steps
 
 
@@ -148,6 +168,12 @@ class ClassificationData(DataModule):
         faults: files that cannot be read are "fatal", or you "drop" them; either way one report names them. What is
             found in the middle of an epoch only, with `check` off, is likewise an error, or replaced by the next image
         shapes: the data set that is drawn where no root is given, one shape per picture
+        range: the values of images that are black and white, [low, high], or "uint8", "uint16", "dtype" (all that each
+            file's type can hold); what lies beyond is cut. Files of 8 bits need none
+        bands: indices, from 0, of the bands of each image to train on, or "all"; RGB, or grey, unless given
+        nodata: the value that stands in where a file says that there is none, or NaN; an error unless given
+        mean, std: of each band, from 0 to 1, in place of those that the backbone's weights were made for; those of
+            other bands than RGB are computed from training images
         seed: decides the order, the augmentation and the drawn shapes
     """
 
@@ -170,9 +196,14 @@ class ClassificationData(DataModule):
         check: bool = True,
         faults: Literal["fatal", "drop"] = "fatal",
         shapes: ShapesOptions = ShapesOptions(size=64, val=200),  # noqa: B008  (never changed)
+        range: Range | None = None,
+        bands: Bands | None = None,
+        nodata: float | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
         seed: int = 0,
     ):
-        super().__init__(root, batch_size, num_workers, seed)
+        super().__init__(root, batch_size, num_workers, seed, range, bands, nodata, mean, std)
         if not 0 < crop <= 1:
             raise DataError(f"crop={crop} must be over 0 and at most 1")
         if ra_operations < 1 or not 0 <= ra_magnitude <= 30:
@@ -183,7 +214,11 @@ class ClassificationData(DataModule):
             raise DataError(f"random_erasing={random_erasing} must be from 0 to 1")
         self.image_size = shapes.size if root is None else image_size
         self.scale, self.flip, self.color_jitter = scale, flip, color_jitter
-        self.strong = strong_augmentation(auto_augment, ra_operations, ra_magnitude, random_erasing)
+        if auto_augment and (range is not None or bands is not None):
+            raise DataError(
+                f"auto_augment={auto_augment} changes photographs of 8 bits; leave it out with range or bands"
+            )
+        self.strong_options = (auto_augment, ra_operations, ra_magnitude, random_erasing)
         self.crop, self.val_fraction, self.split_seed = crop, val_fraction, split_seed
         self.check, self.faults, self.shapes = check, faults, shapes
         self.classes = list(SHAPES) if self.root is None else find_classes(self.root)
@@ -196,7 +231,8 @@ class ClassificationData(DataModule):
         """Find and check the files of the splits; `DataError` reports the faulty ones."""
         if self.root is None:
             lengths = {split: self.shapes.train if split == "train" else self.shapes.val for split in splits}
-            strong = v2.Compose(self.strong) if self.strong else None
+            strong = strong_augmentation(*self.strong_options, Reading().fill)
+            strong = v2.Compose(strong) if strong else None
             return {
                 split: SingleShapes(n, self.shapes.size, split, self.seed, strong if split == "train" else None)
                 for split, n in lengths.items()
@@ -211,9 +247,14 @@ class ClassificationData(DataModule):
                 raise DataError(f"{self.root}: has no folder {split}{hint}")
         faults = {folder: Faults(folder, self.root, objects=None) for folder in folders.values()}
         items = {folder: find_items(folder, self.classes, found) for folder, found in faults.items()}
+        first = [file for file, _ in next(iter(items.values()))]
+        reading = self.resolve_reading(first) if first else Reading()
         if self.check:
-            items = {folder: check_items(items[folder], found) for folder, found in faults.items()}
+            items = {folder: check_items(items[folder], found, reading) for folder, found in faults.items()}
         tell(faults.values(), self.faults, count(sum(map(len, items.values())), "image"))
+        first = [file for file, _ in next(iter(items.values()))]
+        if first:
+            self.measure_reading(first)
         if held_out and there.get("train") in items:
             parts = hold_out(items[there["train"]], self.val_fraction, self.split_seed)
         else:
@@ -227,16 +268,26 @@ class ClassificationData(DataModule):
             raise DataError(f"{self.root}: no image for {split}" + (f" of {names}" if names and items else ""))
         skip = self.faults == "drop"
         if split == "train":
-            transform = training_transform(self.image_size, self.scale, self.flip, self.color_jitter, self.strong)
-            return ImageFolderDataset(items, transform, self.image_size, self.seed, skip)
-        return ImageFolderDataset(items, evaluation_transform(self.image_size, self.crop), self.image_size, skip=skip)
+            strong = strong_augmentation(*self.strong_options, self._reading.fill)
+            transform = training_transform(
+                self.image_size, self.scale, self.flip, self.color_jitter, strong, self._reading.channels
+            )
+            return ImageFolderDataset(items, transform, self.image_size, self.seed, skip, self._reading)
+        transform = evaluation_transform(self.image_size, self.crop)
+        return ImageFolderDataset(items, transform, self.image_size, skip=skip, reading=self._reading)
 
 
 def find_folders(root: Path) -> dict[str, Path]:
     """The folders of the splits that there are; a folder of classes alone is for training."""
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
-    there = {split: root / split for split in SPLITS if (root / split).is_dir()}
+    there = {}
+    for split, names in SPLIT_NAMES.items():
+        found = [root / name for name in names if (root / name).is_dir()]
+        if len(found) > 1:
+            raise DataError(f"{root}: which of {' and '.join(path.name for path in found)} is {split}? Keep one")
+        if found:
+            there[split] = found[0]
     return there or {"train": root}
 
 
@@ -246,31 +297,40 @@ def find_classes(root: Path) -> list[str]:
     names = [path.name for path in _subfolders(folder)]
     if not names:
         raise DataError(f"{folder}: expected a folder of images per class, or {root}/train and {root}/val with those")
-    return names
+    if len(names) == 1:
+        raise DataError(f"{folder}: {names[0]} is the only class; a classifier tells two or more from each other")
+    return check_names(names, str(folder))
 
 
 def find_items(folder: Path, classes: list[str], faults: Faults) -> list[Item]:
     """The image files in the class folders of a split, however deep, with the indices of their classes."""
-    for file in sorted(folder.iterdir()):
-        if _is_image(file):
+    found = find_files(folder, IMAGE_SUFFIXES)
+    tell_others(folder, found)
+    by_class: dict[str, list[Path]] = {path.name: [] for path in _subfolders(folder)}
+    for file in found.files:
+        parts = file.relative_to(folder).parts
+        if len(parts) == 1:
             faults.add("image outside the class folders", faults.name(file))
+        else:
+            by_class[parts[0]].append(file)
     items: list[Item] = []
-    for path in _subfolders(folder):
-        files = sorted(file for file in path.rglob("*") if _is_image(file))
-        if path.name not in classes:
-            faults.add("class that is not among those to train", f"{faults.name(path)}, {count(len(files), 'image')}")
+    for name, files in by_class.items():
+        if name not in classes:
+            faults.add(
+                "class that is not among those to train", f"{faults.name(folder / name)}, {count(len(files), 'image')}"
+            )
             continue
         if not files:
-            faults.add("class without an image", faults.name(path))
-        label = classes.index(path.name)
+            faults.add("class without an image", faults.name(folder / name))
+        label = classes.index(name)
         items += [(file, label) for file in files]
     faults.images = len(items)
     return items
 
 
-def check_items(items: list[Item], faults: Faults) -> list[Item]:
+def check_items(items: list[Item], faults: Faults, reading: Reading) -> list[Item]:
     """Read every image once; returns those that can be read."""
-    problems = each_in_threads(_problem, items, "checking images")
+    problems = each_in_threads(lambda item: _problem(item, reading), items, "checking images")
     for (file, _), problem in zip(items, problems, strict=True):
         if problem is not None:
             faults.add("image that cannot be read", f"{faults.name(file)}, {problem}")
@@ -291,16 +351,14 @@ def hold_out(items: list[Item], fraction: float, seed: int) -> dict[str, list[It
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(
+        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".") and path.name not in JUNK
+    )
 
 
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
-
-
-def _problem(item: Item) -> str | None:
+def _problem(item: Item, reading: Reading) -> str | None:
     try:
-        read_image(item[0])
+        reading.read(item[0])
     except UNREADABLE as error:
         return str(error)
     return None

@@ -1,14 +1,17 @@
 """Images and objects listed in COCO's format, in the layouts that are about."""
 
+import codecs
 import json
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .faults import Faults
-from .folders import DataError
-from .samples import ObjectList, Sample
+from .folders import DataError, is_inside
+from .samples import MOST, ObjectList, Sample
 
 ALIASES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 ANNOTATIONS = (
@@ -21,6 +24,7 @@ ANNOTATIONS = (
     "{}.json",
 )
 IMAGES = ("images/{name}", "{name}", "images/{split}", "{split}", "images", ".")
+CROWDS = {0: False, 1: True, None: False, "0": False, "1": True}  # True and 1.0 are 1 to Python
 PARTS = ("images", "annotations", "categories")
 
 
@@ -58,7 +62,8 @@ class CocoFolder:
             return
         first = next(split for split in ALIASES if split in self.files)
         self.first = _categories(self._content(first), self.files[first])
-        self.classes = list(classes or sorted(self.first, key=self.first.get))
+        self.classes = check_names(classes) if classes else sorted(self.first, key=self.first.get)
+        self.chosen = bool(classes)
         unknown = [name for name in self.classes if name not in self.first]
         if unknown:
             raise DataError(
@@ -78,49 +83,61 @@ class CocoFolder:
         labels = {ids[name]: label for label, name in enumerate(self.classes, start=1) if name in ids}
         categories = {label: (number, self.classes[label - 1]) for number, label in labels.items()}
         faults = Faults(file, self.root, len(content["images"]), len(content["annotations"]))
+        self._tell_unlike(ids, faults)
         folder = self.folders.get(split) or _find_images(self.root, file, split, content["images"])
 
         found: dict[int, tuple[Path, ObjectList]] = {}
         listed = set()
         for entry in content["images"]:
-            number, name, size = _image(entry)
-            where = f"{name or entry}"
-            if number is None or name is None or size is None:
-                faults.add("image without an id, a file name, a width or a height", where)
-            elif number in listed:
-                faults.add("image id used twice", f"{number}, {where}")
-            elif not (folder / name).is_file():
-                faults.add("missing image", faults.name(folder / name))
+            try:
+                number, name, size = _image(entry)
+            except ValueError as error:
+                faults.add(*error.args)
+                continue
+            place = folder / name
+            if number in listed:
+                faults.add("image id used twice", f"{number}, {name}")
+            elif not is_inside(place, folder, self.root):
+                faults.add("file name that leads out of the folder", name)
+            elif not os.path.isfile(place):
+                faults.add("missing image", faults.name(place))
             else:
-                found[number] = (folder / name, ObjectList(size, masks, faults))
-            if number is not None:
-                listed.add(number)
+                found[number] = (place, ObjectList(size, masks, faults))
+            listed.add(number)
 
         seen, known = set(), set(ids.values())
         for entry in content["annotations"]:
             if not isinstance(entry, dict):
-                faults.add("annotation that is no object", repr(entry))
+                faults.add("annotation that is no object", repr(entry)[:100])
                 continue
             number, image, category = (_key(entry.get(name)) for name in ("id", "image_id", "category_id"))
             where = f"annotation {number} of {found[image][0].name if image in found else f'image {image}'}"
+            crowd = CROWDS.get(entry.get("iscrowd", 0)) if _hashable(entry.get("iscrowd")) else None
             if image not in listed:
                 faults.add("annotation of an image that is not listed", where)
             elif number is not None and number in seen:
                 faults.add("annotation id used twice", where)
             elif category not in known:
                 faults.add("unknown category", f"{where}, {category}")
+            elif crowd is None:
+                faults.add("iscrowd that is neither 0 nor 1", f"{where}, {entry['iscrowd']!r}")
             elif image in found and category in labels:
                 found[image][1].add(
-                    where,
-                    entry.get("bbox"),
-                    labels[category],
-                    entry.get("area"),
-                    bool(entry.get("iscrowd")),
-                    entry.get("segmentation"),
+                    where, entry.get("bbox"), labels[category], entry.get("area"), crowd, entry.get("segmentation")
                 )
             seen.add(number)
         samples = [objects.sample(path, number) for number, (path, objects) in found.items()]
         return samples, categories, faults
+
+    def _tell_unlike(self, ids: dict[str, int], faults: Faults) -> None:
+        """Classes of another split that are not those to learn, unless they were left out by choice."""
+        unlike = [name for name in ids if name not in self.classes]
+        for name in unlike:
+            alike = next((known for known in self.classes if known.strip().lower() == name.strip().lower()), None)
+            if alike is not None and alike not in ids:
+                faults.add("class that is spelt otherwise in training", f"{name!r}, there {alike!r}")
+            elif not self.chosen:
+                faults.add("class that is not among those to train", repr(name))
 
     def _content(self, split: str) -> dict[str, Any]:
         if split not in self._contents:
@@ -146,16 +163,17 @@ def _find_images(root: Path, file: Path, split: str, images: list) -> Path:
     names = [name, split, *ALIASES[split]]
     folders = [root / pattern.format(name=name, split=alias) for pattern in IMAGES for alias in names]
     folders = [folder for folder in dict.fromkeys([*folders, file.parent]) if folder.is_dir()]
-    first = [entry["file_name"] for entry in images[:10] if _image(entry)[1]]
-    return max(folders, key=lambda folder: sum((folder / name).is_file() for name in first))
+    first = [entry.get("file_name") for entry in images[:10] if isinstance(entry, dict)]
+    first = [name for name in first if isinstance(name, str) and name]
+    return max(folders, key=lambda folder: sum(os.path.isfile(folder / name) for name in first))
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(file.read_bytes().removeprefix(codecs.BOM_UTF8))
     except FileNotFoundError:
         raise DataError(f"{file}: no such file") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: is no JSON: {error}") from None
     if not isinstance(content, dict) or not all(isinstance(content.get(part), list) for part in PARTS):
         raise DataError(f"{file}: expected COCO's format, an object of the lists {', '.join(PARTS)}")
@@ -164,30 +182,58 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _categories(content: dict[str, Any], file: Path) -> dict[str, int]:
     """Ids by name."""
-    try:
-        pairs = [(str(entry["name"]), int(entry["id"])) for entry in content["categories"]]
-    except (TypeError, KeyError, ValueError):
-        raise DataError(f"{file}: categories need an id and a name each") from None
+    pairs = []
+    for entry in content["categories"]:
+        name, number = (entry.get("name"), _key(entry.get("id"))) if isinstance(entry, dict) else (None, None)
+        if not isinstance(name, str) or not name.strip() or not isinstance(number, int):
+            raise DataError(f"{file}: categories need an id, a whole number, and a name each, but one is {entry!r}")
+        pairs.append((name, number))
     for kind, values in (("name", [name for name, _ in pairs]), ("id", [number for _, number in pairs])):
         twice = sorted({value for value in values if values.count(value) > 1})
         if twice:
             raise DataError(f"{file}: categories of the same {kind}: {', '.join(map(str, twice))}")
     if not pairs:
         raise DataError(f"{file}: lists no category")
+    check_names([name for name, _ in pairs], str(file))
     return dict(pairs)
 
 
+def check_names(names: Sequence[str], where: str = "--data.classes") -> list[str]:
+    """Class names as a list; DataError where two are the same but for case or space."""
+    alike: dict[str, str] = {}
+    for name in names:
+        if (other := alike.setdefault(name.strip().lower(), name)) is not name or names.count(name) > 1:
+            raise DataError(f"{where}: the classes {other!r} and {name!r} are one, or are they? Give each another name")
+    return list(names)
+
+
+def _hashable(value: Any) -> bool:
+    return not isinstance(value, list | dict)
+
+
 def _key(value: Any) -> int | str | None:
-    return value if value is None or isinstance(value, int) else str(value)
+    """An id: whole numbers are such however they are written, as 7, 7.0 or "7"."""
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    if isinstance(value, float) and value.is_integer() and abs(value) < MOST:
+        return int(value)
+    if isinstance(value, str) and re.fullmatch(r"\s*-?\d{1,18}(\.0*)?\s*", value):
+        return int(value.partition(".")[0])
+    return str(value)
 
 
-def _image(entry: Any) -> tuple[int | None, str | None, tuple[int, int] | None]:
-    """Id, file name and (H, W) of an image's entry; None for what is missing."""
+def _image(entry: Any) -> tuple[int, str, tuple[int, int]]:
+    """Id, file name and (H, W) of an image's entry; ValueError(kind of fault, where) for what is missing or wrong."""
     if not isinstance(entry, dict):
-        return None, None, None
-    number, name, size = entry.get("id"), entry.get("file_name"), (entry.get("height"), entry.get("width"))
-    return (
-        number if isinstance(number, int) else None,
-        name if isinstance(name, str) and name else None,
-        size if all(isinstance(side, int) and side > 0 for side in size) else None,
-    )
+        raise ValueError("image entry that is no object", repr(entry)[:100])
+    number, name = _key(entry.get("id")), entry.get("file_name")
+    height, width = (_key(entry.get(side)) for side in ("height", "width"))
+    where = name if isinstance(name, str) and name else repr(entry)[:100]
+    for label, value in (("id", number), ("width", width), ("height", height)):
+        if value is None:
+            raise ValueError(f"image without {'an' if label == 'id' else 'a'} {label}", where)
+        if not isinstance(value, int) or (label != "id" and value <= 0) or abs(value) >= MOST:
+            raise ValueError(f"image whose {label} is no whole number", f"{where}, {entry[label]!r}")
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ValueError("image without a file name", where)
+    return number, name, (height, width)

@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.ops import box_area, masks_to_boxes
@@ -14,22 +13,24 @@ from torchvision.transforms import v2
 
 from . import rle
 from .coco import CocoFiles, CocoFolder
-from .faults import Faults, count, tell
+from .faults import Faults, Policy, count, tell
 from .folders import DataError
-from .images import UNREADABLE, read_image
+from .images import UNREADABLE
 from .loading import AspectRatioBatches, DataModule, EpochSampler, held_out, jitter, seeded
+from .reading import Bands, Range, Reading, to_unit
 from .samples import Sample, check_images, ground_truth
-from .segmentation import PAD_COLOUR, ShapesOptions
+from .segmentation import ShapesOptions
 from .shapes import CLASSES as SHAPE_CLASSES
 from .shapes import Scene, draw_scene
-from .voc import VocFolder
+from .voc import FlatFolder, VocFolder
+from .yolo import YoloFolder
 
 Target = dict[str, Any]
 Categories = Mapping[int, tuple[int, str]]
 
 
 class DetectionDataset(Dataset):
-    """Samples as (image, target): (3, H, W) float32 in [0, 1] and what torchvision's detectors train on.
+    """Samples as (image, target): (C, H, W) float32 in [0, 1] and what torchvision's detectors train on.
 
     A target has boxes (N, 4) float32 as (x0, y0, x1, y1), labels (N,) from 1, image_id, area (N,), iscrowd (N,), and
     masks (N, H, W) uint8 if its sample has them. Crowds are in `coco()` alone. With `augment`, indices are the
@@ -37,9 +38,15 @@ class DetectionDataset(Dataset):
     """
 
     def __init__(
-        self, samples: list[Sample], categories: Categories, augment: v2.Transform | None = None, seed: int = 0
+        self,
+        samples: list[Sample],
+        categories: Categories,
+        augment: v2.Transform | None = None,
+        seed: int = 0,
+        reading: Reading = Reading(),  # noqa: B008  (never changed)
     ):
         self.samples, self.categories, self.augment, self.seed = samples, categories, augment, seed
+        self.reading = reading
         self.sizes = [sample.size for sample in samples]
 
     def __len__(self) -> int:
@@ -48,7 +55,7 @@ class DetectionDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, Target]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         sample = self.samples[index]
-        image, target = tv_tensors.Image(v2.functional.pil_to_tensor(_read(sample))), sample.target()
+        image, target = tv_tensors.Image(_read(sample, self.reading)), sample.target()
         if self.augment is not None:
             with seeded(self.seed, epoch, index):
                 image, target = self.augment(image, target)
@@ -56,7 +63,11 @@ class DetectionDataset(Dataset):
             # summing in float32 is exact, and fifteen times as fast as in int64
             pixels = box_area(target["boxes"]) if masks is None else masks.sum((1, 2), dtype=torch.float32)
             target["area"] = pixels
-        return image.as_subclass(torch.Tensor).float() / 255, _plain(target)
+        return to_unit(image), _plain(target)
+
+    @property
+    def files(self) -> list[Path]:
+        return [sample.file for sample in self.samples]
 
     def coco(self) -> dict[str, Any]:
         """The truth about all images in COCO's format, crowds included, for `CocoEvaluation`."""
@@ -117,7 +128,11 @@ class CutBoxes(v2.Transform):
 
 
 def detection_augmentation(
-    crop_size: int | None, scale: tuple[float, float], flip: float, color_jitter: float
+    crop_size: int | None,
+    scale: tuple[float, float],
+    flip: float,
+    color_jitter: float,
+    reading: Reading = Reading(),  # noqa: B008  (never changed)
 ) -> v2.Transform:
     """Large-scale jitter and crop (https://arxiv.org/abs/2012.07177), horizontal flip and colour jitter.
 
@@ -128,11 +143,11 @@ def detection_augmentation(
     if crop_size is not None:
         steps += [
             v2.ScaleJitter((crop_size, crop_size), scale),
-            v2.RandomCrop(crop_size, pad_if_needed=True, fill={tv_tensors.Image: PAD_COLOUR, tv_tensors.Mask: 0}),
+            v2.RandomCrop(crop_size, pad_if_needed=True, fill={tv_tensors.Image: reading.fill, tv_tensors.Mask: 0}),
             CutBoxes(),
         ]
     steps.append(v2.RandomHorizontalFlip(flip))
-    steps += jitter(color_jitter)
+    steps += jitter(color_jitter, reading.channels)
     steps.append(v2.SanitizeBoundingBoxes(labels_getter=_per_object))
     return v2.Compose(steps)
 
@@ -145,7 +160,9 @@ class DetectionData(DataModule):
     Args:
         root: a folder with annotations in COCO's format, such as `annotations/instances_train2017.json` or
             `instances_train.json`, beside folders of images such as `train2017`, `train` or `images`; or one in the
-            layout of Pascal VOC, with `JPEGImages`, `Annotations` and `ImageSets/Main`
+            layout of Pascal VOC, with `JPEGImages`, `Annotations` and `ImageSets/Main`; or one with YOLO's `data.yaml`,
+            images and labels; or images with VOC's XML beside them, as labelImg writes it, in folders `train` and `val`
+            or in one
         train: annotations and images of the training split in COCO's format, relative to root, where they are not
             found by themselves
         val: the same of the validation split
@@ -162,8 +179,16 @@ class DetectionData(DataModule):
         split_seed: decides which ones
         num_workers: processes that prepare batches; by default none for shapes, else one per core but at most 8
         check: read every image before training starts; the annotations are always checked
-        faults: whether faulty images and annotations stop everything or are left out; both name them in one report
+        faults: what becomes of faulty images and annotations, which one report names. "clip" cuts boxes at the image's
+            edge and leaves broken polygons out of objects that have others; what cannot be repaired stops everything.
+            "drop" repairs, too, and leaves out what cannot be. With "fatal" any fault stops everything
         shapes: the data set that is drawn where no root is given
+        range: the values of images that are black and white, [low, high], or "uint8", "uint16", "dtype" (all that each
+            file's type can hold); what lies beyond is cut. Files of 8 bits need none
+        bands: indices, from 0, of the bands of each image to train on, or "all"; RGB, or grey, unless given
+        nodata: the value that stands in where a file says that there is none, or NaN; an error unless given
+        mean, std: of each band, from 0 to 1, in place of those that the backbone's weights were made for; those of
+            other bands than RGB are computed from training images
         seed: decides the order, the augmentation and the drawn shapes
     """
 
@@ -184,11 +209,16 @@ class DetectionData(DataModule):
         split_seed: int = 0,
         num_workers: int | None = None,
         check: bool = True,
-        faults: Literal["fatal", "drop"] = "fatal",
+        faults: Policy = "clip",
         shapes: ShapesOptions = ShapesOptions(),  # noqa: B008  (never changed)
+        range: Range | None = None,
+        bands: Bands | None = None,
+        nodata: float | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
         seed: int = 0,
     ):
-        super().__init__(root, batch_size, num_workers, seed)
+        super().__init__(root, batch_size, num_workers, seed, range, bands, nodata, mean, std)
         self.masks, self.check, self.faults, self.shapes = masks, check, faults, shapes
         self.crop_size, self.scale, self.flip, self.color_jitter = crop_size, scale, flip, color_jitter
         self.val_fraction, self.split_seed = val_fraction, split_seed
@@ -223,18 +253,26 @@ class DetectionData(DataModule):
             if split not in there:
                 hint = "; `validate` measures on the validation images" if split == "test" else ""
                 raise DataError(f"{self.root}: has no {split} split, only {', '.join(sorted(there))}{hint}")
+        found = {split: self.folder.read(split, self.masks) for split in (["train"] if held_out else splits)}
+        files = [sample.file for sample in next(iter(found.values()))[0]]
+        reading = self.resolve_reading(files) if files else Reading()
         datasets, faults = {}, []
-        for split in ["train"] if held_out else splits:
-            samples, categories, found = self.folder.read(split, self.masks)
+        for split, (samples, categories, problems) in found.items():
             if self.check:
-                samples = check_images(samples, found)
-            faults.append((found, samples))
+                samples = check_images(samples, problems, reading)
+            faults.append((problems, samples))
             datasets[split] = DetectionDataset(samples, categories, seed=self.seed)
         self._tell(faults)
+        reading = self.measure_reading(next(iter(datasets.values())).files)
         if held_out:
             datasets = self._hold_out(datasets["train"])
+        for split in splits:
+            datasets[split].reading = reading
+            _check_objects(datasets[split], split, self.root)
         if "train" in datasets:
-            datasets["train"].augment = detection_augmentation(self.crop_size, self.scale, self.flip, self.color_jitter)
+            datasets["train"].augment = detection_augmentation(
+                self.crop_size, self.scale, self.flip, self.color_jitter, reading
+            )
         return {split: datasets[split] for split in splits}
 
     def train_dataloader(self) -> DataLoader:
@@ -272,28 +310,46 @@ def collate(batch: list[tuple[torch.Tensor, Target]]) -> tuple[list[torch.Tensor
     return list(images), list(targets)
 
 
-def _open(root: Path, files: dict[str, CocoFiles], classes: list[str] | None) -> CocoFolder | VocFolder:
+def _check_objects(dataset: DetectionDataset, split: str, root: Path) -> None:
+    """Refuse a split without an object, on which there is nothing to learn, or a score would be no number."""
+    if all(sample.crowd.all() for sample in dataset.samples):
+        of_images = f"{count(len(dataset), 'image')} of {split}"
+        raise DataError(
+            f"{root}: there is no object in the {of_images}"
+            + ("; another --data.split_seed holds out others" if split == "val" else "")
+        )
+
+
+def _open(
+    root: Path, files: dict[str, CocoFiles], classes: list[str] | None
+) -> CocoFolder | VocFolder | FlatFolder | YoloFolder:
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
-    if (root / "JPEGImages").is_dir() and (root / "Annotations").is_dir() and not files:
-        return VocFolder(root, classes)
+    if not files:
+        if (root / "JPEGImages").is_dir() and (root / "Annotations").is_dir():
+            return VocFolder(root, classes)
+        if YoloFolder.fits(root):
+            return YoloFolder(root, classes)
     folder = CocoFolder(root, files, classes)
-    if not {"train", "val", "test"} & folder.splits:
-        raise DataError(
-            f"{root}: expected annotations/instances_train*.json or instances_train.json in COCO's format, or Pascal "
-            "VOC's folders JPEGImages and Annotations; other places can be given as --data.train.annotations FILE "
-            "--data.train.images FOLDER, and so for val"
-        )
-    return folder
+    if {"train", "val", "test"} & folder.splits:
+        return folder
+    if FlatFolder.fits(root):
+        return FlatFolder(root, classes)
+    raise DataError(
+        f"{root}: expected annotations/instances_train*.json or instances_train.json in COCO's format, Pascal VOC's "
+        "folders JPEGImages and Annotations, YOLO's data.yaml, or images with an XML file beside each; other places of "
+        "COCO's files can be given as --data.train.annotations FILE --data.train.images FOLDER, and so for val"
+    )
 
 
-def _read(sample: Sample) -> Image.Image:
+def _read(sample: Sample, reading: Reading) -> torch.Tensor:
     try:
-        image = read_image(sample.file)
+        image = reading.tensor(sample.file)
     except UNREADABLE as error:
         raise DataError(f"{sample.file}: cannot be read: {error}") from error
-    if (image.height, image.width) != sample.size:
-        raise DataError(f"{sample.file}: is {image.height} x {image.width}, listed as {sample.size} (height, width)")
+    size = tuple(image.shape[-2:])
+    if size != sample.size:
+        raise DataError(f"{sample.file}: is {size[0]} x {size[1]}, listed as {sample.size} (height, width)")
     return image
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import ClassVar
 
-from .folders import MASK_FOLDERS, Classes, DataError, Pair, by_name, pair_up
+from .folders import MASK_FOLDERS, Classes, DataError, Pair, by_name, pair_up, read_list
 from .loading import held_out
 
 ADE20K_CLASSES = """
@@ -46,6 +46,12 @@ VOC_CLASSES = """
     background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse, motorbike,
     person, pottedplant, sheep, sofa, train, tvmonitor
 """
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+UNLABELLED = 255  # in all of the published ones
 
 
 class Layout:
@@ -96,12 +102,20 @@ class PlainFolders(Layout):
         return (root / "images").is_dir() and any((root / name).is_dir() for name in MASK_FOLDERS)
 
     def splits(self) -> set[str]:
-        return {split for split in ("train", "val", "test") if (self.root / "images" / split).is_dir()} or {"train"}
+        return {split for split in SPLIT_NAMES if self._folder(split)} or {"train"}
 
     def pairs(self, split: str) -> tuple[list[Pair], list[str]]:
-        masks = next(self.root / name for name in MASK_FOLDERS if (self.root / name).is_dir())
-        folder = split if (self.root / "images" / split).is_dir() else "."
-        return pair_up(self.root / "images" / folder, masks / folder, self.root)
+        masks = [self.root / name for name in MASK_FOLDERS if (self.root / name).is_dir()]
+        if len(masks) > 1:
+            raise DataError(f"{self.root}: has masks in {' and in '.join(MASK_FOLDERS)}; which of them? Keep one")
+        folder = self._folder(split) or "."
+        return pair_up(self.root / "images" / folder, masks[0] / folder, self.root)
+
+    def _folder(self, split: str) -> str | None:
+        found = [name for name in SPLIT_NAMES[split] if (self.root / "images" / name).is_dir()]
+        if len(found) > 1:
+            raise DataError(f"{self.root}: which of images/{' and images/'.join(found)} is {split}? Keep one")
+        return found[0] if found else None
 
 
 class Ade20k(Layout):
@@ -125,7 +139,7 @@ class Ade20k(Layout):
 
     def classes(self, ignore_index: int | None) -> Classes:
         names = _names(ADE20K_CLASSES)
-        return Classes.make(names, ignore_index, ids=range(1, len(names) + 1), ignored=[0])
+        return Classes.make(names, ignore_index, ids=range(1, len(names) + 1), ignored=[0, UNLABELLED])
 
 
 class Cityscapes(Layout):
@@ -154,9 +168,9 @@ class Cityscapes(Layout):
     def classes(self, ignore_index: int | None) -> Classes:
         names = list(CITYSCAPES_CLASSES)
         if self._has_train_ids():
-            return Classes.make(names, ignore_index)
+            return Classes.make(names, ignore_index, ignored=[UNLABELLED])
         ids = list(CITYSCAPES_CLASSES.values())
-        return Classes.make(names, ignore_index, ids=ids, ignored=set(range(34)) - set(ids))
+        return Classes.make(names, ignore_index, ids=ids, ignored=set(range(-1, 34)) - set(ids) | {UNLABELLED})
 
     def _has_train_ids(self) -> bool:
         return any((self.root / "gtFine").glob("*/*/*_gtFine_labelTrainIds.png"))
@@ -180,7 +194,7 @@ class PascalVoc(Layout):
         problems: list[str] = []
         images = by_name(self.root / "JPEGImages", self.root, problems)
         masks = by_name(self.root / "SegmentationClass", self.root, problems, masks=True)
-        names = dict.fromkeys(self._list(split).read_text(encoding="utf-8").split())
+        names = dict.fromkeys(read_list(self._list(split)))
         for name in names:
             missing = [
                 folder for folder, files in (("JPEGImages", images), ("SegmentationClass", masks)) if name not in files
@@ -189,7 +203,7 @@ class PascalVoc(Layout):
         return [Pair(images[name], masks[name]) for name in names if name in images and name in masks], problems
 
     def classes(self, ignore_index: int | None) -> Classes:
-        return Classes.make(_names(VOC_CLASSES), ignore_index)
+        return Classes.make(_names(VOC_CLASSES), ignore_index, ignored=[UNLABELLED])
 
     def _list(self, split: str) -> Path:
         return self.root / "ImageSets" / "Segmentation" / f"{split}.txt"

@@ -4,15 +4,21 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from .faults import tell_shared
 from .folders import DataError
+from .images import UNREADABLE, decode
+from .reading import Bands, Range, Reading, statistics
 
 
 def mix(*numbers: int) -> int:
@@ -35,10 +41,33 @@ def seeded(*numbers: int) -> Iterator[None]:
         yield
 
 
-def jitter(strength: float) -> list[v2.Transform]:
+class BandJitter(v2.Transform):
+    """Random brightness and contrast of an image of any number of bands, the same for all of them."""
+
+    def __init__(self, strength: float):
+        super().__init__()
+        self.strength = strength
+
+    def make_params(self, flat_inputs: list) -> dict:
+        low, high = max(0.0, 1 - self.strength), 1 + self.strength
+        return {name: low + (high - low) * torch.rand(()).item() for name in ("brightness", "contrast")}
+
+    def transform(self, inpt, params: dict):
+        if not isinstance(inpt, tv_tensors.Image):
+            return inpt
+        values = inpt.as_subclass(torch.Tensor).float() * params["brightness"]
+        mean = values.mean()
+        values = mean + (values - mean) * params["contrast"]
+        white = 1.0 if inpt.is_floating_point() else 255.0
+        return tv_tensors.wrap(values.clamp(0, white).to(inpt.dtype), like=inpt)
+
+
+def jitter(strength: float, channels: int = 3) -> list[v2.Transform]:
     """Random brightness, contrast and saturation, and a quarter of it for hue; nothing at 0."""
     if not strength:
         return []
+    if channels != 3:
+        return [BandJitter(strength)]
     return [v2.ColorJitter(strength, strength, strength, hue=min(0.5, strength / 4))]
 
 
@@ -130,10 +159,32 @@ class DataModule(LightningDataModule):
         batch_size: images per step and device
         num_workers: processes that prepare batches; by default none for what is drawn, else one per core but at most 8
         seed: decides the order and the augmentation
+        range, bands, nodata, mean, std: how images are read, see `Reading`; `bands` may be "all"
     """
 
-    def __init__(self, root: str | None, batch_size: int, num_workers: int | None, seed: int):
+    def __init__(
+        self,
+        root: str | None,
+        batch_size: int,
+        num_workers: int | None,
+        seed: int,
+        range: Range | None = None,
+        bands: Bands | None = None,
+        nodata: float | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+    ):
         super().__init__()
+        if root is None and (range is not None or bands is not None):
+            raise DataError("--data.range and --data.bands say how files are read: give --data.root as well")
+        self._told = {"range": range, "bands": bands, "nodata": nodata, "mean": mean, "std": std}
+        self._reading: Reading | None = None
+        if bands == "all":
+            Reading(range, None, nodata)  # what can be checked before any file is seen
+        elif bands is None or mean is not None:
+            self._reading = Reading(**self._told)
+        else:
+            Reading(range, bands, nodata, mean, std)
         self.root = None if root is None else Path(root).expanduser()
         self.batch_size, self.seed = batch_size, seed
         if num_workers is None:
@@ -150,6 +201,38 @@ class DataModule(LightningDataModule):
         return len(self.class_names)
 
     @property
+    def reading(self) -> dict[str, Any]:
+        """The options of `Reading` for these images; those that depend on the images are found in them."""
+        if self._reading is None:
+            self.setup("fit")
+        return self._reading.plain()
+
+    def resolve_reading(self, files: Sequence[Path]) -> Reading:
+        """How to read these files; where all bands are wanted, the first that can be read says how many there are."""
+        if self._reading is not None or self._told["bands"] != "all":
+            return self._reading or Reading(**self._told)
+        for file in files:
+            try:
+                count = decode(file).values.shape[-1]
+            except UNREADABLE:
+                continue  # the check names it
+            return Reading(**{**self._told, "bands": list(range(count))})
+        raise DataError(f"{self.root}: no image can be read that would say how many bands there are")
+
+    def measure_reading(self, files: Sequence[Path]) -> Reading:
+        """The same, with mean and std of the files where neither the options nor the backbone's weights tell them."""
+        if self._reading is None:
+            reading = self.resolve_reading(files)
+            if reading.channels != 3 and reading.mean is None:
+                try:
+                    mean, std = statistics(reading, files)
+                except UNREADABLE as error:
+                    raise DataError(f"{self.root}: mean and std of the images cannot be had: {error}") from error
+                reading = replace(reading, mean=mean, std=std)
+            self._reading = reading
+        return self._reading
+
+    @property
     def source(self) -> str:
         """Where the images come from, in words."""
         return str(self.root or "shapes drawn on the fly")
@@ -164,9 +247,12 @@ class DataModule(LightningDataModule):
         The command line asks before Lightning does, so that faulty data start no run.
         """
         splits = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}[stage]
+        if self._reading is None:  # mean and std are those of the images to train on
+            splits = list(dict.fromkeys(["train", "val", *splits]))
         splits = [split for split in splits if split not in self.datasets]
         if splits:
             self.datasets |= self.load(splits)
+            tell_shared({split: getattr(data, "files", []) for split, data in self.datasets.items()})
 
     def train_dataloader(self) -> DataLoader:
         dataset = self.datasets["train"]

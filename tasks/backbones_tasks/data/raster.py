@@ -4,17 +4,16 @@ import contextlib
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from backbones.errors import MissingDependency
-
 from ..files import whole
+from ..options import require
 from ..pictures.colours import Colour, overlay
-from .images import UnreadableImage, orientation
+from .images import Stored, UnreadableImage, orientation
+from .reading import Reading
 
 CACHE = 64 * 2**20  # bytes that GDAL may keep of files; by default it takes a share of the machine's memory
 BLOCK = 512  # side of the tiles of what is written
@@ -22,19 +21,22 @@ PREVIEW = 2048  # longest side of a preview
 
 
 class Raster:
-    """An image file that is read in bands of rows, as RGB; a context manager.
+    """An image file that is read in bands of rows, as `reading` says; a context manager.
 
-    Takes what GDAL reads (TIFF, GeoTIFF, PNG, JPEG, JPEG 2000, ...), of 1 to 4 bands: grey, palette, RGB, each with
-    or without alpha. Values beyond 8 bits are scaled as `images.read_image` scales them.
+    Takes what GDAL reads: TIFF, GeoTIFF, PNG, JPEG, JPEG 2000, ...
 
     Raises:
         UnreadableImage: it cannot be read, here or later
         MissingDependency: rasterio is not installed
     """
 
-    def __init__(self, file: Path):
-        self.file = file
-        self._rasterio = _import()
+    def __init__(self, file: Path, reading: Reading = Reading()):  # noqa: B008  (never changed)
+        self.file, self.reading = file, reading
+        require("an image of this size is read in windows, which", "large", "rasterio")
+        import rasterio
+        import rasterio.windows
+
+        self._rasterio = rasterio
 
     def __enter__(self) -> "Raster":
         with contextlib.ExitStack() as stack:
@@ -44,7 +46,7 @@ class Raster:
             with self._reading():
                 self.dataset = stack.enter_context(self._rasterio.open(self.file))
                 self._look()
-            self._band = np.empty((0, self.width, 3), np.uint8)
+            self._band = None
             self._end = 0
             self._open = stack.pop_all()
         return self
@@ -61,21 +63,23 @@ class Raster:
         return self.dataset.width
 
     def rows(self, top: int, bottom: int) -> np.ndarray:
-        """Rows (bottom - top, W, 3) uint8, whose numbers never fall from call to call: each is read once."""
-        self._band = self._band[len(self._band) - max(0, self._end - top) :]
+        """Rows (bottom - top, W, C), whose numbers never fall from call to call: each is read once."""
+        kept = max(0, self._end - top)
+        self._band = None if self._band is None or not kept else self._band[-kept:]
         start = max(top, self._end)
         if bottom > start:
             window = self._rasterio.windows.Window(0, start, self.width, bottom - start)
             with self._reading():
-                read = self._rgb(self.dataset.read(window=window))
-            self._band = np.concatenate((self._band, read)) if len(self._band) else read
+                read = self.reading.arrange(self._stored(self.dataset.read(window=window)))
+            self._band = read if self._band is None else np.concatenate((self._band, read))
             self._end = bottom
         return self._band[: bottom - top]
 
     def preview(self) -> np.ndarray:
         """The image (h, w, 3) uint8, its longest side at most `PREVIEW`."""
         with self._reading():
-            return self._rgb(self.dataset.read(out_shape=self._preview_shape(), resampling=self._average()))
+            values = self.dataset.read(out_shape=self._preview_shape(), resampling=self._average())
+            return self.reading.picture(self.reading.arrange(self._stored(values)))
 
     def write(self, file: Path, bands: Iterable[np.ndarray], colours: Sequence[Colour]) -> None:
         """Write class indices, given in bands of rows (rows, W), as a tiled TIFF with this image's georeference."""
@@ -109,10 +113,8 @@ class Raster:
         return Image.fromarray(overlay(self.preview(), labels, colours))
 
     def _look(self) -> None:
-        """Find out how values become RGB; each of these is asked of the file once."""
+        """Find out what values are; each of these is asked of the file once."""
         dataset = self.dataset
-        if dataset.count > 4:
-            raise ValueError(f"has {dataset.count} bands; an image has 1 (grey) to 4 (RGB and alpha)")
         if orientation(self.file) != 1:
             raise ValueError("is stored turned (EXIF orientation), which windows cannot follow; save it upright")
         self._palette = None
@@ -121,19 +123,15 @@ class Raster:
             for value, colour in dataset.colormap(1).items():
                 self._palette[value] = colour[:3]
         self._white = 2 ** int(dataset.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8)) - 1
-        if dataset.dtypes[0] != "uint8":
-            bands = ((top, min(top + BLOCK, self.height)) for top in range(0, self.height, BLOCK))
-            windows = (self._rasterio.windows.Window(0, top, self.width, end - top) for top, end in bands)
-            self._white = 65535 if max(dataset.read(window=w).max() for w in windows) > 255 else 255
+        self._alpha = dataset.count > 1 and dataset.colorinterp[-1].name == "alpha"
 
-    def _rgb(self, values: np.ndarray) -> np.ndarray:
-        """Bands (count, h, w) as (h, w, 3) uint8."""
+    def _stored(self, values: np.ndarray) -> Stored:
+        """Bands (count, h, w) as `images.decode` has them."""
         if self._palette is not None:
-            return self._palette[values[0]]
-        values = values[:3] if len(values) > 2 else values[[0, 0, 0]]
-        if self._white != 255:
-            values = (values.astype(np.float32).clip(0, self._white) * np.float32(255 / self._white)).astype(np.uint8)
-        return np.ascontiguousarray(values.transpose(1, 2, 0))
+            return Stored(self._palette[values[0]])
+        if self._white < 255:  # bits, as most of what has fewer than 8
+            values = values * np.uint8(255 // self._white)
+        return Stored(values.transpose(1, 2, 0), self._alpha, self.dataset.nodata)
 
     def _preview_shape(self) -> tuple[int, int]:
         factor = max(1, max(self.height, self.width) / PREVIEW)
@@ -147,7 +145,7 @@ class Raster:
     def _reading(self):
         try:
             yield
-        except (self._rasterio.errors.RasterioError, ValueError) as error:
+        except (self._rasterio.errors.RasterioError, ValueError, UnreadableImage) as error:
             raise UnreadableImage(str(error)) from error
 
 
@@ -162,14 +160,3 @@ def _whole_tiles(bands: Iterable[np.ndarray]) -> Iterable[tuple[int, np.ndarray]
             top, waiting = top + ready, waiting[ready:].copy()
     if waiting is not None and len(waiting):
         yield top, waiting
-
-
-def _import() -> ModuleType:
-    try:
-        import rasterio
-        import rasterio.windows
-    except ImportError as error:
-        raise MissingDependency(
-            "an image of this size is read in windows, which needs rasterio; run `pip install 'dense-backbones[large]'`"
-        ) from error
-    return rasterio

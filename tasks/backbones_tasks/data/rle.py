@@ -51,19 +51,24 @@ def _string(rle: dict[str, Any]) -> str:
     return rle["counts"].decode("ascii")
 
 
+def check_polygon(polygon: Any, height: int, width: int) -> None:
+    """Raise ValueError that says what is wrong with a polygon [x, y, x, y, ...]."""
+    try:
+        points = np.asarray(polygon, dtype=float)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError("polygon that is not a list of numbers") from None
+    if points.ndim != 1 or len(points) < 6 or len(points) % 2:
+        raise ValueError(f"polygon of shape {list(points.shape)}; three or more x, y are expected in one list")
+    if not np.isfinite(points).all():
+        raise ValueError("polygon with a coordinate that is not finite")
+    # rasterising walks along the edges, at any distance
+    if (np.abs(points.reshape(-1, 2)) > 2 * np.array([width, height])).any():
+        raise ValueError("polygon far beyond the image")
+
+
 def _encode_polygons(polygons: list, height: int, width: int) -> str:
     for polygon in polygons:
-        try:
-            points = np.asarray(polygon, dtype=float)
-        except (TypeError, ValueError):
-            raise ValueError("polygon that is not a list of numbers") from None
-        if points.ndim != 1 or len(points) < 6 or len(points) % 2:
-            raise ValueError(f"polygon of shape {list(points.shape)}; three or more x, y are expected in one list")
-        if not np.isfinite(points).all():
-            raise ValueError("polygon with a coordinate that is not finite")
-        # rasterising walks along the edges, at any distance
-        if (np.abs(points.reshape(-1, 2)) > 2 * np.array([width, height])).any():
-            raise ValueError("polygon far beyond the image")
+        check_polygon(polygon, height, width)
     if not polygons:
         raise ValueError("is empty")
     return _string(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)))

@@ -1,6 +1,5 @@
 """Images and the objects in them, whatever format they were listed in."""
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,14 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision import tv_tensors
 
 from . import rle
 from .faults import Faults
-from .images import UNREADABLE, each_in_threads, read_image
+from .images import UNREADABLE, each_in_threads, stored_size
+from .reading import Reading
 
 TOLERANCE = 1.0  # pixels by which a box may lie beyond its image: annotators and 1-based coordinates do that
+MOST = 2.0**53  # beyond, whole numbers are not exact, and no image is
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,13 +109,14 @@ class ObjectList:
         if fault is not None:
             self.faults.add(fault, f"{where}, {box}")
             return
+        clipped = clip_box(box, height, width)
         counts = None
         if self.masks:
             if not segmentation:
                 self.faults.add("object without a mask", where)
                 return
             try:
-                counts = rle.encode(segmentation, height, width)
+                counts = rle.encode(self._sound(where, segmentation), height, width)
             except ValueError as error:
                 self.faults.add("broken mask", f"{where}, {error}")
                 return
@@ -123,9 +124,28 @@ class ObjectList:
             if not covered:
                 self.faults.add("mask without a pixel", where)
                 return
-        if not isinstance(area, int | float) or not 0 <= area < np.inf:
-            area = box[2] * box[3] if counts is None else covered
-        self.rows.append((box, label, area, crowd, counts))
+        if clipped is not box:
+            self.faults.add("box over the image's edge, cut there", f"{where}, {box}", repaired=True)
+        if isinstance(area, bool) or not isinstance(area, int | float) or not 0 <= area < np.inf or clipped is not box:
+            area = clipped[2] * clipped[3] if counts is None else covered
+        self.rows.append((clipped, label, area, crowd, counts))
+
+    def _sound(self, where: str, segmentation: Any) -> Any:
+        """A segmentation without those of its polygons that are broken, if others are not."""
+        if not isinstance(segmentation, list) or len(segmentation) < 2:
+            return segmentation
+        kept, problems = [], []
+        for polygon in segmentation:
+            try:
+                rle.check_polygon(polygon, *self.size)
+                kept.append(polygon)
+            except ValueError as error:
+                problems.append(f"{where}, {error}")
+        if not kept:
+            return segmentation
+        for problem in problems:
+            self.faults.add("broken polygon among others, left out", problem, repaired=True)
+        return kept
 
     def sample(self, file: Path, image_id: int) -> Sample:
         boxes, labels, areas, crowd, masks = zip(*self.rows, strict=True) if self.rows else ((),) * 5
@@ -142,22 +162,31 @@ class ObjectList:
 
 
 def box_fault(box: Any, height: int, width: int) -> str | None:
-    """What is wrong with a box (x, y, width, height), if anything is."""
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, int | float) for value in box):
+    """What is wrong with a box (x, y, width, height) beyond repair, if anything is."""
+    numbers = isinstance(box, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in box)
+    if not numbers or len(box) != 4:
         return "box that is not four numbers"
     x, y, w, h = box
-    if not all(map(math.isfinite, box)):
+    if not all(-MOST < value < MOST for value in box):
         return "box with a number that is not finite"
     if w <= 0 or h <= 0:
         return "box without area"
-    beyond = max(-x, -y, x + w - width, y + h - height)
-    outside = min(x + w, y + h, width - x, height - y) <= 0  # within the tolerance, but nothing of it is in the image
-    return "box beyond the image" if beyond > TOLERANCE or outside else None
+    outside = min(x + w, y + h, width - x, height - y) <= 0
+    return "box beyond the image" if outside else None
 
 
-def check_images(samples: list[Sample], faults: Faults) -> list[Sample]:
+def clip_box(box: list[float], height: int, width: int) -> list[float]:
+    """A box with some of it in the image, cut at the edge; as it is if it is within `TOLERANCE` of that."""
+    x, y, w, h = box
+    if max(-x, -y, x + w - width, y + h - height) <= TOLERANCE:
+        return box
+    left, top = max(x, 0), max(y, 0)
+    return [left, top, min(x + w, width) - left, min(y + h, height) - top]
+
+
+def check_images(samples: list[Sample], faults: Faults, reading: Reading) -> list[Sample]:
     """Read every image once; returns the samples whose image can be read and has the size that is listed."""
-    found = each_in_threads(_image_fault, samples, "checking images")
+    found = each_in_threads(lambda sample: _image_fault(sample, reading), samples, "checking images")
     for sample, fault in zip(samples, found, strict=True):
         if fault is not None:
             kind, detail = fault
@@ -165,15 +194,14 @@ def check_images(samples: list[Sample], faults: Faults) -> list[Sample]:
     return [sample for sample, fault in zip(samples, found, strict=True) if fault is None]
 
 
-def _image_fault(sample: Sample) -> tuple[str, str] | None:
+def _image_fault(sample: Sample, reading: Reading) -> tuple[str, str] | None:
     """The kind of fault, and what is to be said of the file."""
     try:
-        image = read_image(sample.file)
+        found = reading.read(sample.file).shape[:2]
     except UNREADABLE as error:
         return "image that cannot be read", f", {error}"
     height, width = sample.size
-    if image.size == (width, height):
+    if found == sample.size:
         return None
-    with Image.open(sample.file) as stored:
-        turned = " once turned upright by its EXIF orientation" if stored.size == (width, height) else ""
-    return "image of another size than listed", f" is {image.width} x {image.height}{turned}, not {width} x {height}"
+    turned = " once turned upright by its EXIF orientation" if stored_size(sample.file) == (width, height) else ""
+    return "image of another size than listed", f" is {found[1]} x {found[0]}{turned}, not {width} x {height}"

@@ -1,6 +1,7 @@
 """Images and masks for training: from folders, or drawn on the fly."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -9,14 +10,13 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from .folders import Classes, Pair, check_pairs, read_classes
-from .images import each_in_threads, read_image, read_mask
+from .folders import Classes, DataError, Pair, check_pairs, read_classes, read_pair_mask
+from .images import UNREADABLE, each_in_threads
 from .layouts import find_layout, find_pairs
 from .loading import DataModule, jitter, seeded
+from .reading import Bands, Range, Reading, to_unit
 from .shapes import CLASSES as SHAPE_CLASSES
 from .shapes import draw_scene
-
-PAD_COLOUR = (124, 116, 104)  # ImageNet's mean: zero once normalised
 
 
 @dataclass
@@ -33,32 +33,55 @@ class ShapesOptions:
 
 
 class FolderDataset(Dataset):
-    """Pairs from disk as (image, mask): (3, H, W) float32 in [0, 1] and (H, W) int64 class indices.
+    """Pairs from disk as (image, mask): (C, H, W) float32 in [0, 1] and (H, W) int64 class indices.
 
     With `augment`, indices are the (epoch, index) pairs of `EpochSampler`.
     """
 
-    def __init__(self, pairs: list[Pair], classes: Classes, augment: v2.Transform | None = None, seed: int = 0):
-        self.pairs, self.classes, self.augment, self.seed = pairs, classes, augment, seed
+    def __init__(
+        self,
+        pairs: list[Pair],
+        classes: Classes,
+        augment: v2.Transform | None = None,
+        seed: int = 0,
+        reading: Reading = Reading(),  # noqa: B008  (never changed)
+    ):
+        self.pairs, self.classes, self.augment, self.seed, self.reading = pairs, classes, augment, seed, reading
         # unchecked images have no known size: each gets a batch to itself
         self.sizes = [pair.size or (index, -1) for index, pair in enumerate(pairs)]
 
     def __len__(self) -> int:
         return len(self.pairs)
 
+    @property
+    def files(self) -> list[Path]:
+        return [pair.image for pair in self.pairs]
+
     def mask(self, index: int) -> np.ndarray:
         """The class indices (H, W) of a pair, as they are on disk."""
-        return self.classes.indices(read_mask(self.pairs[index].mask))
+        pair = self.pairs[index]
+        try:
+            indices = self.classes.indices(read_pair_mask(pair, self.classes))
+        except UNREADABLE as error:
+            raise DataError(f"{pair.mask}: cannot be read: {error}") from error
+        if (indices < 0).any():
+            raise DataError(f"{pair.mask}: no rule covers the class values of {(indices < 0).mean():.2%} of its pixels")
+        return indices
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         pair = self.pairs[index]
-        image = tv_tensors.Image(v2.functional.pil_to_tensor(read_image(pair.image)))
+        try:
+            image = tv_tensors.Image(self.reading.tensor(pair.image))
+        except UNREADABLE as error:
+            raise DataError(f"{pair.image}: cannot be read: {error}") from error
         mask = tv_tensors.Mask(torch.from_numpy(self.mask(index)))
+        if image.shape[-2:] != mask.shape[-2:]:
+            raise DataError(f"{pair.mask}: is {tuple(mask.shape)}, its image {tuple(image.shape[-2:])} (height, width)")
         if self.augment is not None:
             with seeded(self.seed, epoch, index):
                 image, mask = self.augment(image, mask)
-        return image.as_subclass(torch.Tensor).float() / 255, mask.as_subclass(torch.Tensor).long()
+        return to_unit(image), mask.as_subclass(torch.Tensor).long()
 
 
 class ShapesDataset(Dataset):
@@ -105,16 +128,17 @@ def augmentation(
     flip: float,
     color_jitter: float,
     ignore_index: int,
+    reading: Reading = Reading(),  # noqa: B008  (never changed)
 ) -> v2.Transform:
     """Random scale, crop (padded where the image is smaller), horizontal flip and colour jitter."""
     steps: list[v2.Transform] = [
         RandomScale(scale),
         v2.RandomCrop(
-            crop_size, pad_if_needed=True, fill={tv_tensors.Image: PAD_COLOUR, tv_tensors.Mask: ignore_index}
+            crop_size, pad_if_needed=True, fill={tv_tensors.Image: reading.fill, tv_tensors.Mask: ignore_index}
         ),
         v2.RandomHorizontalFlip(flip),
     ]
-    return v2.Compose([*steps, *jitter(color_jitter)])
+    return v2.Compose([*steps, *jitter(color_jitter, reading.channels)])
 
 
 class SegmentationData(DataModule):
@@ -122,13 +146,14 @@ class SegmentationData(DataModule):
 
     Args:
         root: a folder with `images/train`, `labels/train`, `images/val`, `labels/val` and, for testing,
-            `images/test`, `labels/test`; or with `images` and `masks` alone. Masks are one-channel PNGs of class
-            values. Class names come from `classes.json` in it, {"classes": [...], "ignore_index": 255}. Or the folder
-            of ADE20K (ADEChallengeData2016), Cityscapes (leftImg8bit, gtFine) or Pascal VOC (VOC2012) as published,
-            whose classes are known
+            `images/test`, `labels/test`; or with `images` and `masks` alone. Masks are PNGs of class values or of
+            colours. `classes.json` in it says what they mean: "classes" are names; "values" the mask value of each, or
+            a list of several, by default 0, 1, 2, ...; or "colours", [red, green, blue] of each; "ignore_index" the
+            value, values or colours that neither train nor count. Or the folder of ADE20K (ADEChallengeData2016),
+            Cityscapes (leftImg8bit, gtFine) or Pascal VOC (VOC2012) as published, whose classes are known
         layout: which of these it is; what its folders tell unless given
         classes: names of the mask values 0, 1, 2, ..., in place of `classes.json` or of what was published
-        ignore_index: a mask value that neither trains nor counts; 255 never does
+        ignore_index: a mask value, or several, that neither train nor count
         batch_size: images per step and device
         crop_size: side in pixels of the random training crops, or their height and width
         scale: range of the random resize before the crop
@@ -139,6 +164,12 @@ class SegmentationData(DataModule):
         num_workers: processes that prepare batches; by default none for shapes, else one per core but at most 8
         check: read every file before training starts and name the faulty ones
         shapes: the data set that is drawn where no root is given
+        range: the values of images that are black and white, [low, high], or "uint8", "uint16", "dtype" (all that each
+            file's type can hold); what lies beyond is cut. Files of 8 bits need none
+        bands: indices, from 0, of the bands of each image to train on, or "all"; RGB, or grey, unless given
+        nodata: the value that stands in where a file says that there is none, or NaN; an error unless given
+        mean, std: of each band, from 0 to 1, in place of those that the backbone's weights were made for; those of
+            other bands than RGB are computed from training images
         seed: decides the order, the augmentation and the drawn shapes
     """
 
@@ -147,7 +178,7 @@ class SegmentationData(DataModule):
         root: str | None = None,
         layout: Literal["folders", "ade20k", "cityscapes", "voc"] | None = None,
         classes: list[str] | None = None,
-        ignore_index: int | None = None,
+        ignore_index: int | list[int] | None = None,
         batch_size: int = 8,
         crop_size: int | tuple[int, int] = 320,
         scale: tuple[float, float] = (0.5, 2.0),
@@ -158,9 +189,14 @@ class SegmentationData(DataModule):
         num_workers: int | None = None,
         check: bool = True,
         shapes: ShapesOptions = ShapesOptions(),  # noqa: B008  (never changed)
+        range: Range | None = None,
+        bands: Bands | None = None,
+        nodata: float | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
         seed: int = 0,
     ):
-        super().__init__(root, batch_size, num_workers, seed)
+        super().__init__(root, batch_size, num_workers, seed, range, bands, nodata, mean, std)
         self.check, self.shapes = check, shapes
         self.crop_size, self.scale, self.flip, self.color_jitter = crop_size, scale, flip, color_jitter
         self.val_fraction, self.split_seed = val_fraction, split_seed
@@ -180,14 +216,14 @@ class SegmentationData(DataModule):
         return self.classes.ignore_index
 
     def count_pixels(self, split: str) -> torch.Tensor:
-        """How many pixels (classes,) of a split are of each class."""
-        dataset = self.datasets[split]
+        """How many pixels of a split are of each class; of a single one, how many are not and are of it."""
+        dataset, outcomes = self.datasets[split], max(2, self.num_classes)
 
         def count(index: int) -> np.ndarray:
-            return np.bincount(dataset.mask(index).ravel(), minlength=self.num_classes)[: self.num_classes]
+            return np.bincount(dataset.mask(index).ravel(), minlength=outcomes)[:outcomes]
 
         counts = each_in_threads(count, range(len(dataset)), "counting pixels")
-        return torch.from_numpy(sum(counts, np.zeros(self.num_classes, dtype=np.int64)))
+        return torch.from_numpy(sum(counts, np.zeros(outcomes, dtype=np.int64)))
 
     def load(self, splits: list[str]) -> dict[str, Dataset]:
         """Find, pair and check the files of the splits; `DataError` names the faulty ones."""
@@ -202,11 +238,14 @@ class SegmentationData(DataModule):
             found[split], more = find_pairs(self.layout, split, self.val_fraction, self.split_seed)
             problems += [problem for problem in more if problem not in problems]
         every = [pair for split in splits for pair in found[split]]
+        reading = self.resolve_reading([pair.image for pair in found.get("train") or every])
         if self.check:
-            checked = dict(zip(every, check_pairs(every, problems, self.classes, self.layout.root), strict=True))
+            checked = check_pairs(every, problems, self.classes, self.layout.root, reading)
+            checked = dict(zip(every, checked, strict=True))
             found = {split: [checked[pair] for pair in pairs] for split, pairs in found.items()}
-        augment = augmentation(self.crop_size, self.scale, self.flip, self.color_jitter, self.ignore_index)
+        reading = self.measure_reading([pair.image for pair in found.get("train") or every])
+        augment = augmentation(self.crop_size, self.scale, self.flip, self.color_jitter, self.ignore_index, reading)
         return {
-            split: FolderDataset(pairs, self.classes, augment if split == "train" else None, self.seed)
+            split: FolderDataset(pairs, self.classes, augment if split == "train" else None, self.seed, reading)
             for split, pairs in found.items()
         }

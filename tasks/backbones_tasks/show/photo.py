@@ -9,7 +9,8 @@ from PIL import Image
 
 from backbones.errors import InputError
 
-from ..data.images import UNREADABLE, read_image
+from ..data.images import UNREADABLE
+from ..data.reading import read_image
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
-from torchvision.transforms import v2
 
 from backbones.errors import InputError
 
 from ..data.classification import ClassificationData, evaluation_transform
-from ..data.images import to_pixels
+from ..data.reading import in_channels, to_unit
 from ..files import whole
 from ..models.classifier import build_classifier, map_indices
 from ..pictures.classification import save_confusion, save_labelled
@@ -30,7 +29,7 @@ Batch = tuple[Tensor, Tensor]
 class ClassificationTask(Task):
     """A classifier and all that its training needs.
 
-    Called with images (B, 3, H, W) in [0, 1] of any size, it returns logits (B, num_classes); distilled models in
+    Called with images (B, C, H, W) in [0, 1] of any size, it returns logits (B, num_classes); distilled models in
     training mode, a pair of them.
 
     Args:
@@ -47,7 +46,7 @@ class ClassificationTask(Task):
 
     name = "classification"
     data_class = ClassificationData
-    linked = ("num_classes", "class_names", "image_size", "crop")
+    linked = (*Task.linked, "image_size", "crop")
     metric = "top1"
     scores = ("top1", "top5")
     epochs = 15
@@ -67,6 +66,7 @@ class ClassificationTask(Task):
     ):
         super().__init__(**options)
         classes = self.hparams["num_classes"]
+        backbone = in_channels(backbone, self.reading)
         self.model = build_classifier(backbone=backbone, num_classes=classes, pool=pool, drop_rate=drop_rate)
         own = {"pool": pool, "drop_rate": drop_rate, "label_smoothing": label_smoothing}
         self.remember(backbone, **own, mixup=mixup, cutmix=cutmix, image_size=image_size, crop=crop)
@@ -106,7 +106,7 @@ class ClassificationTask(Task):
         predictions = [self(image[None].to(self.device)).argmax(1).item() for image, _ in samples]
         save_labelled(
             file,
-            [to_pixels(image) for image, _ in samples],
+            [self.reading.picture(image) for image, _ in samples],
             [self.class_names[label] for _, label in samples],
             [self.class_names[label] for label in predictions],
         )
@@ -118,7 +118,7 @@ class ClassificationTask(Task):
     def predict_image(self, image: np.ndarray, options: argparse.Namespace) -> tuple[dict[str, Image.Image], list]:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         pixels = evaluation_transform(self.hparams["image_size"], self.hparams["crop"])(pixels)
-        return self.results(image, self(v2.functional.to_dtype(pixels[None].to(self.device), scale=True))[0], options)
+        return self.results(image, self(to_unit(pixels[None].to(self.device)))[0], options)
 
     def results(
         self, image: np.ndarray, output: Tensor, options: argparse.Namespace

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data import rle
 from ..data.detection import DetectionData
-from ..data.images import to_pixels
+from ..data.reading import in_channels, to_unit
 from ..models.detector import DENSE, MASKED, build_detector, check_options, map_indices
 from ..pictures.detection import Objects, draw_objects, save_objects
 from .coco import CocoEvaluation
@@ -26,7 +26,7 @@ Batch = tuple[list[Tensor], list[dict[str, Any]]]
 class DetectionTask(Task):
     """A detector and all that its training needs.
 
-    Called with a list of images (3, H, W) in [0, 1] of any sizes, it returns what torchvision's detectors return: a
+    Called with a list of images (C, H, W) in [0, 1] of any sizes, it returns what torchvision's detectors return: a
     dict per image of boxes, labels, scores and, of Mask R-CNN, masks.
 
     Args:
@@ -41,7 +41,7 @@ class DetectionTask(Task):
 
     name = "detection"
     data_class = DetectionData
-    linked = ("num_classes", "class_names", "image_size")
+    linked = (*Task.linked, "image_size")
     metric = "box_AP"
     scores = ("box_AP", "box_AP50", "box_AP75")
     epochs = 5
@@ -62,6 +62,7 @@ class DetectionTask(Task):
         if detector_options is None:
             detector_options = narrow(detector)
         sizes = {"min_size": image_size, "max_size": image_size, "_skip_resize": True} if image_size else {}
+        backbone = in_channels(backbone, self.reading)
         self.model = build_detector(
             detector,
             backbone=backbone,
@@ -104,7 +105,7 @@ class DetectionTask(Task):
         found = [self([image.to(self.device)])[0] for image in images]
         save_objects(
             file,
-            [to_pixels(image) for image in images],
+            [self.reading.picture(image) for image in images],
             [_objects(target) for _, target in samples],
             [_objects(prediction, SHOWN) for prediction in found],
             self.class_names,
@@ -120,14 +121,16 @@ class DetectionTask(Task):
         self, image: np.ndarray, options: argparse.Namespace
     ) -> tuple[dict[str, Image.Image], list[dict[str, Any]]]:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        (found,) = self([pixels.to(self.device).float() / 255])
+        (found,) = self([to_unit(pixels.to(self.device))])
         return self.results(image, found, options)
 
     def results(
         self, image: np.ndarray, output: dict[str, Tensor], options: argparse.Namespace
     ) -> tuple[dict[str, Image.Image], list[dict[str, Any]]]:
         objects = _objects(output, options.threshold)
-        return {"overlays": draw_objects(image, objects, self.class_names)}, self._entries(objects, image.shape[:2])
+        return {"overlays": draw_objects(self.reading.picture(image), objects, self.class_names)}, self._entries(
+            objects, image.shape[:2]
+        )
 
     def _entries(self, objects: Objects, size: tuple[int, int]) -> list[dict[str, Any]]:
         entries = []

@@ -91,6 +91,8 @@ class SegmentationLoss:
             segmentation-models-pytorch's.
         ignore_index: value of pixels that do not count, and whose logits get no gradient.
         class_weights: one per class, for all but lovasz, which weighs classes equally by its nature.
+        binary: logits are (0, x) for a single class: cross-entropy is then the sigmoid's, and dice is of that
+            class alone.
 
     Raises:
         InputError: an unknown loss or option, or weights that none of the losses takes
@@ -102,13 +104,14 @@ class SegmentationLoss:
         options: Mapping[str, Mapping[str, Any]] | None = None,
         ignore_index: int = 255,
         class_weights: Sequence[float] | None = None,
+        binary: bool = False,
     ):
         self.ignore_index = ignore_index
         weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         options = dict(options or {})
         self.terms = []
         for factor, name in parse(terms):
-            self.terms.append((factor, _build(name, options.pop(name, {}), ignore_index, weights)))
+            self.terms.append((factor, _build(name, options.pop(name, {}), ignore_index, weights, binary)))
         if options:
             raise InputError(f"loss_options are given for {', '.join(options)}, but the loss is {terms!r}")
         if weights is not None and all(isinstance(loss, LovaszLoss) for _, loss in self.terms):
@@ -151,13 +154,17 @@ def balanced_weights(pixels: Tensor) -> list[float]:
     return torch.where(there, pixels.sum() / (there.sum() * pixels.clamp(min=1)), 0.0).tolist()
 
 
-def _build(name: str, options: Mapping[str, Any], ignore_index: int, class_weights: Tensor | None) -> nn.Module:
+def _build(
+    name: str, options: Mapping[str, Any], ignore_index: int, class_weights: Tensor | None, binary: bool
+) -> nn.Module:
     kind = LOSSES[name]
     known = inspect.signature(kind.__init__).parameters.keys()
     for option in options:
         if option not in known - _OURS:
             raise InputError(f"loss {name!r} has no option {option!r}; {nearest(option, sorted(known - _OURS))}")
     given = {"ignore_index": ignore_index, "mode": "multiclass", "class_weights": class_weights}
+    if binary and kind is DiceLoss:
+        given["classes"] = [1]
     return kind(**{k: v for k, v in given.items() if k in known}, **options)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from backbones.errors import InputError
 
+from ..data.reading import Reading, in_channels, to_unit
 from ..models.multitask import MultiTaskModel, check_options, share_backbone
 from .callbacks import find_unused
 from .classification import ClassificationTask
@@ -28,7 +29,7 @@ Batch = Mapping[str, Any]
 class MultiTask(Task):
     """Several heads on one backbone and all that their training needs, each by the task that it would be alone.
 
-    Called in eval mode, with a list of images (3, H, W) in [0, 1] or a batch of them, it returns what each head says
+    Called in eval mode, with a list of images (C, H, W) in [0, 1] or a batch of them, it returns what each head says
     by its name, in one pass of the backbone; see `heads.MultiTaskModel`.
 
     Args:
@@ -64,6 +65,15 @@ class MultiTask(Task):
         super().__init__(**options)
         read = read_heads(heads)
         facts = facts or {}
+        readings = [Reading(**(facts.get(name, {}).get("reading") or {})) for name in read]
+        if any(reading != readings[0] for reading in readings):
+            raise InputError(
+                "the heads read images differently, and one pass has one way: give all their data the same range, "
+                "bands, nodata, mean and std"
+            )
+        self.reading = readings[0]
+        self.hparams["reading"] = self.reading.plain()
+        backbone = in_channels(backbone, self.reading)
         shared, maps = share_backbone(
             backbone,
             {
@@ -195,7 +205,7 @@ class MultiTask(Task):
         self, image: np.ndarray, options: argparse.Namespace
     ) -> tuple[dict[str, Image.Image], dict[str, Any] | None]:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        outputs = self([pixels.to(self.device).float() / 255])
+        outputs = self([to_unit(pixels.to(self.device))])
         pictures, results = {}, {}
         for name, part in self.parts.items():
             drawn, listed = part.results(image, outputs[name][0], options)

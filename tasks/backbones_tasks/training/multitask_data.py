@@ -145,6 +145,10 @@ class MultiTaskData(LightningDataModule):
         return len(self.class_names)
 
     @property
+    def reading(self) -> None:
+        """Each head has its own, among the facts."""
+
+    @property
     def source(self) -> str:
         """Where the images come from, in words."""
         return ", ".join(f"{name}: {part.source}" for name, part in self.parts.items())

@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from backbones.errors import InputError, MissingDependency
 
-from ..data.images import UnreadableImage, is_large, to_pixels
+from ..data.images import UnreadableImage, is_large
 from ..data.raster import Raster
+from ..data.reading import in_channels, to_unit
 from ..data.segmentation import SegmentationData
 from ..models.segmenter import build_segmenter, find_architecture, map_indices
 from ..pictures.colours import index_png, overlay, palette
@@ -26,6 +27,7 @@ from .sliding import slide
 from .task import Normalise, Task
 
 AUX_WEIGHT = 0.4  # as in PSPNet and in mmsegmentation's UPerNet
+REST = "the rest"  # what a pixel is that is not of the only class
 WINDOW = 1024  # what `predict` takes larger images in, unless told
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -34,7 +36,8 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 class SegmentationTask(Task):
     """A segmenter and all that its training needs.
 
-    Called with images (B, 3, H, W) in [0, 1] of any size, it returns logits (B, num_classes, H, W).
+    Called with images (B, C, H, W) in [0, 1] of any size, it returns logits (B, num_classes, H, W); for
+    a single class, which is told from the rest, (B, 2, H, W), the rest first.
 
     Args:
         backbone: a name, or a dict of `build_backbone` options that includes "name"
@@ -53,7 +56,7 @@ class SegmentationTask(Task):
 
     name = "segmentation"
     data_class = SegmentationData
-    linked = ("num_classes", "class_names", "ignore_index")
+    linked = (*Task.linked, "ignore_index")
     alone = ("inference",)
     metric = "mIoU"
     scores = ("mIoU", "pixel_acc")
@@ -77,6 +80,7 @@ class SegmentationTask(Task):
         if decoder_options is None:
             decoder_options = {"decoder_channels": 64} if decoder == "upernet" else {}
         classes = self.hparams["num_classes"]
+        backbone = in_channels(backbone, self.reading)
         self.model = build_segmenter(decoder, backbone=backbone, num_classes=classes, aux=aux, **decoder_options)
         self.inference = Inference(**inference) if isinstance(inference, Mapping) else inference
         self.remember(
@@ -91,8 +95,10 @@ class SegmentationTask(Task):
             ignore_index=ignore_index,
         )
         self.normalise = Normalise(self.model.backbone)
+        #: what a pixel can be: of which class, or, where there is only one, of it or not
+        self.outcomes = self.class_names if classes > 1 else [REST, *self.class_names]
         self.loss = self._make_loss(None if class_weights == "balanced" else class_weights)
-        self.confusion = MulticlassConfusionMatrix(classes, ignore_index=ignore_index, validate_args=False)
+        self.confusion = MulticlassConfusionMatrix(len(self.outcomes), ignore_index=ignore_index, validate_args=False)
 
     @classmethod
     def check_options(cls, options: Any) -> None:
@@ -118,13 +124,24 @@ class SegmentationTask(Task):
             self.loss = self._make_loss(self.hparams["class_weights"])
 
     def _make_loss(self, class_weights: Sequence[float] | None) -> SegmentationLoss:
-        if class_weights is not None and len(class_weights) != len(self.class_names):
+        if class_weights is not None and len(class_weights) != len(self.outcomes):
             raise InputError(
-                f"class_weights: {len(class_weights)} numbers for {len(self.class_names)} classes, which are "
-                f"{', '.join(self.class_names)}"
+                f"class_weights: {len(class_weights)} numbers for {len(self.outcomes)} classes, which are "
+                f"{', '.join(self.outcomes)}"
             )
         options = self.hparams
-        return SegmentationLoss(options["loss"], options["loss_options"], options["ignore_index"], class_weights)
+        binary = len(self.class_names) == 1
+        return SegmentationLoss(
+            options["loss"], options["loss_options"], options["ignore_index"], class_weights, binary
+        )
+
+    def forward(self, images: torch.Tensor) -> Any:
+        logits = super().forward(images)
+        return tuple(map(self._as_pair, logits)) if isinstance(logits, tuple) else self._as_pair(logits)
+
+    def _as_pair(self, logits: torch.Tensor) -> torch.Tensor:
+        """A single class's logit x (B, 1, H, W) as (0, x), whose softmax is the sigmoid of x; others as they are."""
+        return torch.cat([torch.zeros_like(logits), logits], dim=1) if len(self.class_names) == 1 else logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         images, masks = batch
@@ -140,9 +157,9 @@ class SegmentationTask(Task):
     def save_picture(self, file: Path, samples: Sequence[Batch]) -> None:
         logits = [self.inference.logits(self, image[None].to(self.device)) for image, _ in samples]
         predictions = [scores.argmax(1)[0].cpu().numpy() for scores in logits]
-        images = [to_pixels(image) for image, _ in samples]
+        images = [self.reading.picture(image) for image, _ in samples]
         truths = [mask.numpy() for _, mask in samples]
-        save_predictions(file, images, truths, predictions, self.class_names, self.hparams["ignore_index"])
+        save_predictions(file, images, truths, predictions, self.outcomes, self.hparams["ignore_index"])
 
     @classmethod
     def add_predict_options(cls, parser: argparse.ArgumentParser) -> None:
@@ -169,11 +186,14 @@ class SegmentationTask(Task):
     def results(
         self, image: np.ndarray, output: torch.Tensor, options: argparse.Namespace
     ) -> tuple[dict[str, Image.Image], None]:
-        return self._pictures(image, output.argmax(0).cpu().numpy()), None
+        return self._pictures(image, self._as_pair(output[None])[0].argmax(0).cpu().numpy()), None
 
     def _pictures(self, image: np.ndarray, mask: np.ndarray) -> dict[str, Image.Image]:
-        colours = palette(len(self.class_names))
-        return {"overlays": Image.fromarray(overlay(image, mask, colours)), "masks": index_png(mask, colours)}
+        colours = palette(len(self.outcomes))
+        return {
+            "overlays": Image.fromarray(overlay(self.reading.picture(image), mask, colours)),
+            "masks": index_png(mask, colours),
+        }
 
     def predict_file(self, file: Path, place: Callable[[str, str], Path], options: argparse.Namespace) -> None:
         """As `Task` does; what is large, or wanted as TIFF, is read and written in windows."""
@@ -181,12 +201,12 @@ class SegmentationTask(Task):
         if not large and options.mask_format == "png":
             return super().predict_file(file, place, options)
         try:
-            raster = Raster(file)
+            raster = Raster(file, self.reading)
         except MissingDependency as error:
             if options.mask_format == "tif":
                 raise
             raise UnreadableImage(str(error)) from error  # other images may well be read
-        colours = palette(len(self.class_names))
+        colours = palette(len(self.outcomes))
         bar = tqdm(total=0, desc=file.name, unit="row", leave=False, disable=None)
         with raster, bar:
             bar.reset(total=raster.height)
@@ -202,13 +222,13 @@ class SegmentationTask(Task):
     def _label(
         self, rows: Callable[[int, int], torch.Tensor], size: tuple[int, int], options: argparse.Namespace
     ) -> Iterator[np.ndarray]:
-        """Class indices of an image in bands of rows (rows, W); `rows` gives it as (1, 3, rows, W) uint8."""
+        """Class indices of an image in bands of rows (rows, W); `rows` gives it as (1, C, rows, W)."""
         given = {name: getattr(options, name) for name in ("window", "overlap", "scales", "flip")}
         told = asdict(self.inference) | {name: value for name, value in given.items() if value is not None}
         inference = Inference(**told)
         dtype = torch.uint8 if len(self.class_names) <= 256 else torch.int32
         bands = slide(
-            lambda part: average(self, part.to(self.device).float() / 255, inference.scales, inference.flip),
+            lambda part: average(self, to_unit(part.to(self.device)), inference.scales, inference.flip),
             rows,
             size,
             inference.window or WINDOW,
@@ -231,6 +251,7 @@ class SegmentationTask(Task):
         hits = matrix.diag()
         union = matrix.sum(0) + matrix.sum(1) - hits
         iou = hits / union  # nan for a class that is neither there nor predicted; it does not count
+        iou = iou[-len(self.class_names) :]  # of a single class, not of the rest
         scores = {"mIoU": iou.nanmean().nan_to_num(), "pixel_acc": hits.sum() / matrix.sum().clamp(min=1)}
         return scores | {f"IoU_{name}": value for name, value in zip(self.class_names, iou, strict=True)}
 

@@ -22,8 +22,9 @@ from backbones import backbone_info
 from backbones.errors import InputError
 from backbones.plain import json_values
 
-from ..data.images import UNREADABLE, UnreadableImage, read_image
+from ..data.images import UNREADABLE, UnreadableImage
 from ..data.loading import mix
+from ..data.reading import Reading
 from ..options import nearest
 
 
@@ -51,6 +52,7 @@ class Task(LightningModule):
             0.9999 are usual
         num_classes: number of classes
         class_names: their names
+        reading: how image files are read, in training and in prediction; see `data.reading.Reading`
         seed: decides drop path and dropout, step by step, so that a resumed run equals an uninterrupted one
     """
 
@@ -59,7 +61,7 @@ class Task(LightningModule):
     #: Where its images come from.
     data_class: ClassVar[type[LightningDataModule]]
     #: Options that the data decide.
-    linked: ClassVar[tuple[str, ...]] = ("num_classes", "class_names")
+    linked: ClassVar[tuple[str, ...]] = ("num_classes", "class_names", "reading")
     #: Options that have no meaning for one head among others.
     alone: ClassVar[tuple[str, ...]] = ()
     #: What the best checkpoint has most of.
@@ -95,9 +97,11 @@ class Task(LightningModule):
         ema: float = 0.0,
         num_classes: int = 2,
         class_names: list[str] | None = None,
+        reading: dict[str, Any] | None = None,
         seed: int = 0,
     ):
         super().__init__()
+        self.reading = Reading(**(reading or {}))
         self.save_hyperparameters(
             {
                 "optimizer": optimizer,
@@ -114,6 +118,7 @@ class Task(LightningModule):
                 "ema": ema,
                 "num_classes": num_classes,
                 "class_names": class_names or [f"class {i}" for i in range(num_classes)],
+                "reading": self.reading.plain(),
                 "seed": seed,
             },
             logger=False,
@@ -186,7 +191,7 @@ class Task(LightningModule):
     def predict_image(
         self, image: np.ndarray, options: argparse.Namespace
     ) -> tuple[dict[str, Image.Image], dict[str, Any] | None]:
-        """What to write for an image (H, W, 3) uint8: a picture per folder, and an entry of results.json, if any."""
+        """What to write for an image (H, W, C), as it is read: a picture per folder, and what results.json lists."""
         raise NotImplementedError
 
     def results(
@@ -207,7 +212,7 @@ class Task(LightningModule):
             UnreadableImage: the file cannot be read
         """
         try:
-            image = np.asarray(read_image(file))
+            image = self.reading.read(file)
         except UNREADABLE as error:
             raise UnreadableImage(str(error)) from error
         pictures, result = self.predict_image(image, options)

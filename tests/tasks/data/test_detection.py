@@ -181,7 +181,7 @@ def test_two_lists_of_one_split_are_not_guessed_between(tmp_path):
 
 
 def test_without_a_validation_split_some_images_are_held_out(tmp_path):
-    write_coco(tmp_path, "train", 10)
+    write_coco(tmp_path, "train", 10, [annotation(i, i) for i in range(1, 11)])
     data = ready(tmp_path, "validate", val_fraction=0.3)
     data.setup("fit")
     train, val = ({sample.file.name for sample in data.datasets[split].samples} for split in ("train", "val"))
@@ -227,7 +227,7 @@ PLANTED = {
     "image that cannot be read": "train5.jpg",
     "image of another size than listed": "train6.jpg is 60 x 42, not 60 x 40",
     "box without area": "annotation 101 of train1.jpg, [10, 10, 0, 5]",
-    "box beyond the image": "annotation 102 of train1.jpg",
+    "box over the image's edge, cut there": "annotation 102 of train1.jpg",
     "box with a number that is not finite": "annotation 103 of train2.jpg",
     "unknown category": "annotation 104 of train2.jpg, 4",
     "annotation id used twice": "annotation 104 of train2.jpg",
@@ -255,11 +255,11 @@ def test_one_report_names_ten_kinds_of_faults(folder):
 
 def test_faults_are_left_out_when_asked(folder):
     plant_faults(folder)
-    with pytest.warns(UserWarning, match=r"11 faults(?s:.)*there are 5 images with 2 objects"):
+    with pytest.warns(UserWarning, match=r"11 faults(?s:.)*1 repaired, 10 dropped; there are 5 images with 3 objects"):
         data = ready(folder, masks=True, faults="drop")
     train = whole(data)
     assert [target["image_id"] for _, target in train] == [1, 2, 3]
-    assert [len(target["boxes"]) for _, target in train] == [1, 0, 0]
+    assert [len(target["boxes"]) for _, target in train] == [2, 0, 0]
     assert len(list(data.train_dataloader())) == 1
 
 
@@ -286,7 +286,7 @@ def test_long_lists_of_faults_are_cut(folder):
         ("", "is no JSON"),
         ("[]", "expected COCO's format"),
         ('{"images": [], "annotations": [], "categories": []}', "lists no category"),
-        ('{"images": [], "annotations": [], "categories": [{"id": 1}]}', "an id and a name"),
+        ('{"images": [], "annotations": [], "categories": [{"id": 1}]}', "an id, a whole number, and a name"),
         (
             '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}',
             "categories of the same id: 1",
@@ -315,7 +315,8 @@ def test_entries_of_any_json_are_reported_not_tripped_over(folder):
     with pytest.raises(DataError) as caught:
         ready(folder, masks=True)
     for part in (
-        "image without an id, a file name, a width or a height (2)",
+        "image entry that is no object (1)",
+        "image whose id is no whole number (1)",
         "image id used twice (1)",
         "annotation that is no object (1)",
         "annotation of an image that is not listed (2)",
@@ -454,7 +455,8 @@ def test_voc_folders_are_read(tmp_path):
     ], "difficult objects do not count, as in VOC's evaluation"
     with pytest.raises(DataError, match="come without masks"):
         ready(tmp_path, masks=True)
-    assert [target["labels"].tolist() for _, target in whole(ready(tmp_path, classes=["dog"]))] == [[], []]
+    with pytest.raises(DataError, match="there is no object in the 2 images of train"):
+        ready(tmp_path, classes=["dog"])  # all of them difficult
     with pytest.raises(DataError, match="no object is a 'cow'; there are cat, dog"):
         ready(tmp_path, classes=["dog", "cow"])
 
@@ -479,7 +481,7 @@ def test_faults_of_voc_folders_are_reported(tmp_path):
         "box without area (1): object 1 of e, [4.0, 4.0, 0.0, 5.0]",
         "object without a name (1): object 2 of e",
         "box that is not four numbers (1): object 1 of f",
-        "box beyond the image (1): object 2 of f",
+        "box over the image's edge, cut there (1): object 2 of f",
         "image that cannot be read (1)",
     ):
         assert part in str(caught.value)
@@ -507,7 +509,7 @@ def write_rectangles(root):
         pixels[y0:y1, x0:x1] = 255
         Image.fromarray(pixels).save(root / "train" / f"train{i}.jpg", quality=100)
         entries.append(annotation(i, i, 3, (x0, y0, x1 - x0, y1 - y0), compressed(x0, y0, x1, y1), area=None))
-    write_coco(root, "val", 1, [])
+    write_coco(root, "val", 1, [annotation(1, 1)])
     file = root / "annotations" / "instances_train.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "annotations": entries}))
 

@@ -138,11 +138,11 @@ def test_class_names_of_the_layouts_are_whole():
 def test_own_classes_go_before_the_published_ones(tmp_path):
     voc(tmp_path)
     names = [f"thing {i}" for i in range(21)]
-    assert ready(tmp_path, classes=names).class_names == names
+    assert ready(tmp_path, classes=names, ignore_index=255).class_names == names
     data = ready(tmp_path, ignore_index=0)
     assert data.class_names[0] == "aeroplane"
     assert first(data, 4) == [255, 14, 19, 255]
-    (tmp_path / "classes.json").write_text(json.dumps({"classes": names}))
+    (tmp_path / "classes.json").write_text(json.dumps({"classes": names, "ignore_index": 255}))
     assert ready(tmp_path).class_names == names
 
 

@@ -287,7 +287,9 @@ def test_a_head_sees_the_batches_that_its_task_sees_alone():
     for (image, mask), (expected, truth) in zip(ours, theirs, strict=True):
         assert torch.equal(image, expected)
         assert torch.equal(mask, truth)
-    assert both.facts["det"] == {"num_classes": 5, "class_names": both.parts["det"].class_names, "image_size": 32}
+    det = both.parts["det"]
+    facts = {"num_classes": 5, "class_names": det.class_names, "reading": det.reading, "image_size": 32}
+    assert both.facts["det"] == facts
 
 
 def test_heads_share_a_folder_unless_they_have_their_own(shared_data):
