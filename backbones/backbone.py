@@ -29,6 +29,7 @@ from .layers import (
     pad_to_multiple,
 )
 from .specs import BackboneInfo
+from .variants import siblings
 from .weights import KeyLayout, LoadReport, read_checkpoint
 
 __all__ = ["Backbone", "FeatureInfo", "wrap"]
@@ -81,6 +82,10 @@ class Backbone(Layer, metaclass=_Finished):
     own_layout: ClassVar[str] = "own"
     #: Parts that published classification checkpoints do not hold, or hold for other classes.
     new_parts: ClassVar[tuple[str, ...]] = ("head", "out_norms")
+    #: Parts of published checkpoints that the architecture does without on purpose.
+    left_out: ClassVar[tuple[str, ...]] = ()
+    #: Of parts that only some variants or options have: pattern of their names, what they are, what takes them.
+    remedies: ClassVar[tuple[tuple[str, str, str], ...]] = ()
     #: Options, beside `pretrained`, that only say which weights to load; a saved model is built without them.
     weight_options: ClassVar[tuple[str, ...]] = ()
     #: Which parameters are the stem's, and which belong to block m of stage n, for layer-wise lr decay.
@@ -339,6 +344,17 @@ class Backbone(Layer, metaclass=_Finished):
         """A size-dependent table of a checkpoint in this model's size; relative position tables are resized."""
         owner = self.get_submodule(name.rpartition(".")[0])
         return owner.fit(value) if isinstance(owner, RelativePositionBias) else value
+
+    def whole_names(self) -> set[str]:
+        """Names of all that the architecture has with its options: its classifier, and stages that were not built.
+
+        A checkpoint of the whole is right for any part of it; what is not of the whole is another variant's.
+        """
+        built = set(self.state_dict())
+        whole = [{"features_only": True, "out_indices": None}, {"features_only": False, "out_indices": None}]
+        for sibling in siblings(self, *whole):
+            built.update(sibling.state_dict())
+        return built
 
     # How it is put together
 

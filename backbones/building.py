@@ -51,7 +51,7 @@ def build(plugin: Plugin, spec: BackboneSpec, options: Mapping[str, Any]) -> "Ba
     model.build_options = {name: value for name, value in recorded.items() if name in kept}
     model.unsaved_options = sorted(kept - recorded.keys())
     model.pretrained_cfg["architecture"] = spec.name
-    if pretrained:
+    if pretrained is not False and pretrained is not None:
         from .weights import load_pretrained
 
         load_pretrained(model, spec, pretrained)

@@ -40,19 +40,22 @@ TORCHVISION = KeyLayout(
         (r"^classifier\.2\.", "head."),
     ),
 )
+_OFFICIAL = (
+    (r"^downsample_layers\.0\.0\.", "stem.conv."),
+    (r"^downsample_layers\.0\.1\.", "stem.norm."),
+    (r"^downsample_layers\.(\d)\.0\.", r"stages.\1.downsample.norm."),
+    (r"^downsample_layers\.(\d)\.1\.", r"stages.\1.downsample.conv."),
+    (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
+    (r"\.(dwconv|depthwise_conv)\.", ".conv_dw."),
+    (r"\.(pwconv|pointwise_conv)(\d)\.", r".mlp.fc\2."),
+)
 OFFICIAL = KeyLayout(
     "official",  # and OpenMMLab's, which spells the same words out
-    (
-        (r"^downsample_layers\.0\.0\.", "stem.conv."),
-        (r"^downsample_layers\.0\.1\.", "stem.norm."),
-        (r"^downsample_layers\.(\d)\.0\.", r"stages.\1.downsample.norm."),
-        (r"^downsample_layers\.(\d)\.1\.", r"stages.\1.downsample.conv."),
-        (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
-        (r"\.(dwconv|depthwise_conv)\.", ".conv_dw."),
-        (r"\.(pwconv|pointwise_conv)(\d)\.", r".mlp.fc\2."),
-        (r"^norm\.", "pre_logits."),
-        (r"^norm(\d)\.", r"out_norms.\1."),
-    ),
+    (*_OFFICIAL, (r"^norm\.", "pre_logits."), (r"^norm(\d)\.", r"out_norms.\1.")),
+)
+OPENMMLAB_CLASSIFIER = KeyLayout(
+    "OpenMMLab's classifier",
+    ((r"^backbone\.", ""), *_OFFICIAL, (r"^norm3\.", "pre_logits."), (r"^head\.fc\.", "head.")),
 )
 
 
@@ -68,7 +71,7 @@ class ConvNeXt(Backbone):
         **options: those of `backbones.Backbone`.
     """
 
-    key_layouts = (TIMM, TORCHVISION, OFFICIAL)
+    key_layouts = (TIMM, TORCHVISION, OFFICIAL, OPENMMLAB_CLASSIFIER)
     output_strides = (8, 16, 32)
 
     def __init__(

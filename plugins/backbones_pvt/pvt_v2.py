@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from backbones.backbone import Backbone
 from backbones.layers import Blocks, Layer, SpatialReductionAttention, activate, init_conv, init_linear, residual
-from backbones.weights import KeyLayout
+from backbones.weights import KeyLayout, split_in_proj
 
 TIMM = KeyLayout("timm", ((r"^patch_embed\.", "stages.0.embed."), (r"^(stages\.\d+)\.downsample\.", r"\1.embed.")))
 OFFICIAL = KeyLayout(
@@ -20,6 +20,19 @@ OFFICIAL = KeyLayout(
         *((rf"^norm{n}\.", f"stages.{n - 1}.norm.") for n in range(1, 5)),
         (r"\.dwconv\.dwconv\.", ".dwconv."),
     ),
+)
+OPENMMLAB = KeyLayout(
+    "OpenMMLab",
+    (
+        (r"^layers\.(\d)\.0\.projection\.", r"stages.\1.embed.proj."),
+        (r"^layers\.(\d)\.0\.norm\.", r"stages.\1.embed.norm."),
+        (r"^layers\.(\d)\.1\.", r"stages.\1.blocks."),
+        (r"^layers\.(\d)\.2\.", r"stages.\1.norm."),
+        (r"\.attn\.attn\.out_proj\.", ".attn.proj."),
+        (r"\.attn\.attn\.", ".attn."),
+        *((rf"\.ffn\.layers\.{i}\.", f".mlp.{name}.") for i, name in ((0, "fc1"), (1, "dwconv"), (4, "fc2"))),
+    ),
+    split_in_proj,
 )
 
 
@@ -37,7 +50,7 @@ class PyramidVisionTransformerV2(Backbone):
     """
 
     stem_pattern = r"^stages\.0\.embed"
-    key_layouts = (TIMM, OFFICIAL)
+    key_layouts = (TIMM, OFFICIAL, OPENMMLAB)
 
     def __init__(
         self,

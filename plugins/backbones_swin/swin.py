@@ -1,6 +1,7 @@
 """Swin Transformer (Liu et al., https://arxiv.org/abs/2103.14030)."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,34 @@ TORCHVISION = KeyLayout(
 )
 
 
+def _merge_as_we_do(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """OpenMMLab merges patches by `nn.Unfold`: the four cells of a channel stand side by side, rows first."""
+    return {
+        # (..., C, row, column) -> (..., column, row, C)
+        key: value.unflatten(-1, (-1, 2, 2)).transpose(-3, -1).flatten(-3)
+        if re.search(r"\.downsample\.(norm|reduction)\.", key) and value.ndim and value.shape[-1] % 4 == 0
+        else value
+        for key, value in state.items()
+    }
+
+
+_OPENMMLAB = (
+    *_BLOCKS,
+    (r"^patch_embed\.projection\.", "stem.proj."),
+    (r"^patch_embed\.norm\.", "stem.norm."),
+    *((rf"^stages\.{i}\.downsample\.", f"stages.{i + 1}.downsample.") for i in (2, 1, 0)),
+    (r"\.attn\.w_msa\.", ".attn."),
+    (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+    (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+)
+OPENMMLAB = KeyLayout("OpenMMLab", (*_OPENMMLAB, (r"^norm(\d)\.", r"out_norms.\1.")), _merge_as_we_do)
+OPENMMLAB_CLASSIFIER = KeyLayout(
+    "OpenMMLab's classifier",
+    ((r"^backbone\.", ""), *_OPENMMLAB, (r"^norm3\.", "norm."), (r"^head\.fc\.", "head.")),
+    _merge_as_we_do,
+)
+
+
 class SwinTransformer(Backbone):
     """Four stages of blocks that attend within windows, which every other block shifts by half a window.
 
@@ -70,7 +99,7 @@ class SwinTransformer(Backbone):
         **options: those of `backbones.Backbone`; `out_norm=True` is the official dense-prediction code's norm.
     """
 
-    key_layouts = (TIMM, OFFICIAL, TORCHVISION)
+    key_layouts = (TIMM, OFFICIAL, TORCHVISION, OPENMMLAB, OPENMMLAB_CLASSIFIER)
     size_divisor = 4  # the stem's patches; all else pads for itself
 
     def __init__(

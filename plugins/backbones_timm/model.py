@@ -110,6 +110,7 @@ class TimmBackbone(Backbone):
             given = {"num_classes": num_classes, "global_pool": global_pool, "drop_rate": self.drop_rate or None}
             options |= {key: value for key, value in given.items() if value is not None}
         self.model = self._create(options)
+        self._whole = {f"model.{name}" for name in self.model.state_dict()}
         self.pretrained_cfg = dict(self.model.pretrained_cfg)
         self.num_features = self.model.num_features
         if features_only:
@@ -312,6 +313,9 @@ class TimmBackbone(Backbone):
         offset = self.pretrained_cfg.get("label_offset") or 0
         is_classifier = name.rpartition(".")[0] in [f"model.{c}" for c in self._classifiers()]
         return value[offset:] if is_classifier and len(value) == self.num_classes + offset else value
+
+    def whole_names(self) -> set[str]:
+        return self._whole | set(self.state_dict())
 
     def _classifiers(self) -> tuple[str, ...]:
         names = self.pretrained_cfg.get("classifier") or ()

@@ -25,7 +25,7 @@ from backbones.layers import (
     residual,
 )
 from backbones.layers.padding import is_exporting
-from backbones.weights import KeyLayout
+from backbones.weights import KeyLayout, split_in_proj
 
 OFFICIAL = KeyLayout(
     "official",  # and timm's, which kept the names
@@ -35,6 +35,25 @@ OFFICIAL = KeyLayout(
         (r"^pos_block\.(\d)\.proj\.0\.", r"stages.\1.blocks.0.position.conv."),
         (r"^norm_list\.", "stage_norms."),
     ),
+)
+
+_OPENMMLAB = (
+    (r"^patch_embeds\.(\d)\.projection\.", r"stages.\1.embed.proj."),
+    (r"^patch_embeds\.(\d)\.norm\.", r"stages.\1.embed.norm."),
+    (r"^position_encodings\.(\d)\.proj\.", r"stages.\1.blocks.0.position.conv."),
+    (r"^(?:layers|stages)\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
+    (r"\.attn\.attn\.out_proj\.", ".attn.proj."),
+    (r"\.attn\.attn\.", ".attn."),
+    (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+    (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+)
+OPENMMLAB = KeyLayout(
+    "OpenMMLab", (*_OPENMMLAB, (r"^(?:norm_list\.|norm_after_stage)(\d)\.", r"stage_norms.\1.")), split_in_proj
+)
+OPENMMLAB_CLASSIFIER = KeyLayout(
+    "OpenMMLab's classifier",
+    ((r"^backbone\.", ""), *_OPENMMLAB, (r"^norm_after_stage3\.", "norm."), (r"^head\.fc\.", "head.")),
+    split_in_proj,
 )
 
 
@@ -54,7 +73,7 @@ class Twins(Backbone):
     """
 
     stem_pattern = r"^stages\.0\.embed"
-    key_layouts = (OFFICIAL,)
+    key_layouts = (OFFICIAL, OPENMMLAB, OPENMMLAB_CLASSIFIER)
     new_parts = ("head", "out_norms", "stage_norms")
 
     def __init__(

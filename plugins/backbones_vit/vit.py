@@ -23,6 +23,7 @@ from backbones.layers import (
     Layer,
     Mlp,
     TableCache,
+    attend,
     init_linear,
     pad_to_multiple,
     residual,
@@ -56,6 +57,26 @@ TORCHVISION = KeyLayout(
 DEIT3 = KeyLayout("DeiT III", ((r"\.gamma_([12])$", r".ls\1.gamma"),))
 
 
+def _registers_without_positions(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """DINOv2 gives its registers no position, and the class token one: here it is a part of that token."""
+    if not {"register_tokens", "cls_token", "pos_embed"} <= state.keys():
+        return state
+    positions = state["pos_embed"]
+    if positions.ndim != 3 or state["cls_token"].shape != positions[:, :1].shape:
+        return state
+    return {**state, "cls_token": state["cls_token"] + positions[:, :1], "pos_embed": positions[:, 1:]}
+
+
+DINOV2 = KeyLayout(
+    "DINOv2",
+    (
+        (r"^register_tokens$", "reg_token"),
+        (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # in chunks, while it trains
+    ),
+    _registers_without_positions,
+)
+
+
 class VisionTransformer(Backbone):
     """A plain transformer over image patches, with a pyramid of feature maps for dense tasks.
 
@@ -72,6 +93,7 @@ class VisionTransformer(Backbone):
         reg_tokens: number of register tokens.
         no_embed_class: keep positions off the class and register tokens (DeiT III).
         init_values: start of the layer scale; None for no layer scale.
+        qk_norm: norms queries and keys of each head.
         conv_stem: widths of 3x3 convolutions of stride 2, or pairs (width, stride), that replace the patch
             projection together with a last 1x1; strides multiply to `patch_size`.
         representation_size: width of a tanh layer before the classifier.
@@ -87,8 +109,21 @@ class VisionTransformer(Backbone):
         **options: those of `backbones.Backbone`; `out_norm=True` applies the final norm before the pyramid.
     """
 
-    key_layouts = (TORCHVISION, DEIT3)
+    key_layouts = (TORCHVISION, DEIT3, DINOV2)
     own_layout = "timm"
+    remedies = (
+        (r"\.ls[12]\.gamma$", "layer scales", "build with init_values=1e-5"),
+        (r"^reg_token$", "register tokens", "build with reg_tokens and no_embed_class=True"),
+        (r"\.attn\.[qk]_norm\.", "norms of queries and keys", "build with qk_norm=True"),
+        (r"^(dist_token|head_dist\.)", "parts of a distilled model", "build with distilled=True"),
+        (r"^cls_token$", "class token", "build with class_token=True"),
+        (r"^pre_logits\.", "a layer before the classifier", "build with representation_size"),
+        (r"^(norm|fc_norm)\.", "a norm before or after pooling", "build with the global_pool it was trained with"),
+        (r"rope|storage_tokens", "of DINOv3, whose positions are rotary", "use timm/vit_..._dinov3 instead"),
+        (r"^norm_pre\.|ln_pre\.", "a norm before the blocks, as CLIP has", "use timm/vit_..._clip_... instead"),
+        (r"q_bias$|v_bias$|relative_position", "of BEiT", "use timm/beit... instead"),
+        (r"\.mlp\.(w\d+|fc1_g|gate)", "of SwiGLU layers", "use timm's variant instead"),
+    )
     new_parts = ("head", "head_dist", "fc_norm", "pre_logits", "pyramid", "dist_token")
     global_pools = ("token", "avg", "both")
     #: What `pyramid` may be.
@@ -107,6 +142,7 @@ class VisionTransformer(Backbone):
         reg_tokens: int = 0,
         no_embed_class: bool = False,
         init_values: float | None = None,
+        qk_norm: bool = False,
         conv_stem: Sequence[int | tuple[int, int]] | None = None,
         representation_size: int | None = None,
         pyramid: str = "simple",
@@ -151,6 +187,7 @@ class VisionTransformer(Backbone):
         self.grid = tuple(side // patch_size for side in to_2tuple(img_size))
         if min(self.grid) < 1:
             raise InputError(f"img_size={img_size} is smaller than a patch of {patch_size}")
+        self.windowed = window_size > 0
         prefixed = built and not window_size
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if class_token and prefixed else None
         self.dist_token = nn.Parameter(torch.empty(1, 1, dim)) if distilled and prefixed else None
@@ -171,6 +208,7 @@ class VisionTransformer(Backbone):
                 init_values,
                 drop_path[i],
                 window=0 if i in global_blocks else window_size,
+                qk_norm=qk_norm,
             )
             for i in range(built)
         )
@@ -244,6 +282,10 @@ class VisionTransformer(Backbone):
             "stem": r"^cls_token|dist_token|reg_token|pos_embed|patch_embed",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        return ("cls_token", "dist_token", "reg_token") if self.windowed else ()
 
     def no_weight_decay(self) -> set[str]:
         return {"pos_embed", *self.prefix}
@@ -378,16 +420,37 @@ class PatchEmbed(nn.Module):
         return self.proj(self.convs(images)).permute(0, 2, 3, 1)
 
 
+class NormedAttention(Attention):
+    """Attention whose queries and keys are normed, head by head (Dehghani et al., https://arxiv.org/abs/2302.05442)."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__(dim, heads)
+        self.q_norm = nn.LayerNorm(dim // heads, eps=1e-6)
+        self.k_norm = nn.LayerNorm(dim // heads, eps=1e-6)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self.qkv(x).chunk(3, dim=-1))
+        q, k = self.q_norm(q), self.k_norm(k)
+        return self.proj(attend(*(part.flatten(-2) for part in (q, k, v)), self.heads, bias))
+
+
 class Block(Layer):
     """Pre-norm attention and MLP, on tokens (B, N, dim) or, without prefix tokens, maps (B, h, w, dim)."""
 
     def __init__(
-        self, dim: int, heads: int, mlp_ratio: float, init_values: float | None, drop_path: float, window: int
+        self,
+        dim: int,
+        heads: int,
+        mlp_ratio: float,
+        init_values: float | None,
+        drop_path: float,
+        window: int,
+        qk_norm: bool = False,
     ):
         super().__init__()
         self.window = window
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads)
+        self.attn = NormedAttention(dim, heads) if qk_norm else Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.ls1 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()

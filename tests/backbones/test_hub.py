@@ -123,7 +123,7 @@ def test_a_folder_serves_as_pretrained_too(saved):
 def test_preprocessing_and_origin_are_kept(tmp_path, monkeypatch, randomise):
     reference = randomise(timm.create_model("pvt_v2_b0"))
     torch.save(reference.state_dict(), tmp_path / "pvt.pth")
-    monkeypatch.setattr("backbones.weights._fetch", lambda row, name: tmp_path / "pvt.pth")
+    monkeypatch.setattr("backbones.weights.published._fetch", lambda row, name: tmp_path / "pvt.pth")
     model = build_backbone("pvt_v2_b0", pretrained=True)
     model.pretrained_cfg["mean"] = (0.1, 0.2, 0.3)  # fine-tuned with another
     again = from_pretrained(model.save_pretrained(tmp_path / "a"), out_indices=(3,))

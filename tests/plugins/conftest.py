@@ -7,6 +7,29 @@ import torch
 from backbones import backbone_info, build_backbone
 from backbones.weights import load_weights
 
+# Tracing takes up to 20 s a model. These, which are quick, have what it may stumble over: padding, tokens, windows,
+# statistics of batches; and a model of each of the libraries that plugins front.
+TRACED = (
+    *("pvt_v2_b0", "deit_tiny_patch16", "mobilevit_xxs", "twins_svt_small"),
+    *("timm/test_convnext", "torchvision/resnet18", "tiny_dinov2"),
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before marks are looked at
+def pytest_collection_modifyitems(items):
+    """The conformance kit's export is slow but for those."""
+    quick = {f"test_conformance[{name}-export]" for name in TRACED}
+    for item in items:
+        if item.name.startswith("test_conformance[") and item.name.endswith("-export]") and item.name not in quick:
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture
+def on_meta():
+    """Models built in the test have no numbers: for tests that look at structure alone."""
+    with torch.device("meta"):
+        yield
+
 
 @pytest.fixture(scope="session")
 def count():

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backbones import backbone_info, build_backbone, building, list_backbones
-from backbones.cli import bench
+from backbones.cli.bench import Case, timing
 from backbones.testing import smallest_of_each_family
 
 NAMES = list_backbones()
@@ -32,8 +32,8 @@ def test_channels_strides_and_parameters_are_as_listed(name, count):
 
 @pytest.mark.parametrize("name", VARIANTS)  # counting takes a second or two for the large ones
 def test_multiply_adds_are_as_listed(name):
-    case = bench.Case("ours", name, {"features_only": False}, (224, 224), 1, False, "float32", "cpu", False)
-    assert bench._gmacs(case) == pytest.approx(backbone_info(name).gmacs, abs=0.006)
+    case = Case(name=name, options={"features_only": False}, size=(224, 224))
+    assert timing._gmacs(case) == pytest.approx(backbone_info(name).gmacs, abs=0.006)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -96,10 +96,12 @@ def test_gradients_equal_timm(output_stride, randomise, load_pair, assert_gradie
     assert_gradients_equal(model, reference, TIMM)
 
 
+@pytest.mark.usefixtures("on_meta")
 def test_norms_have_the_epsilon_of_timm(reference, assert_epsilons_equal):
     assert_epsilons_equal(build_backbone("convnext_tiny", features_only=False), reference, TIMM)
 
 
+@pytest.mark.usefixtures("on_meta")
 def test_drop_path_rates_equal_timm():
     reference = timm.create_model("convnext_tiny", drop_path_rate=0.3)
     model = build_backbone("convnext_tiny", drop_path_rate=0.3)

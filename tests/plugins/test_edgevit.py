@@ -194,6 +194,7 @@ def test_training_equals_the_reference(reference, load_pair, assert_equals_refer
     assert_equals_reference("training", model.train()(images), copy.deepcopy(reference).train()(images))
 
 
+@pytest.mark.usefixtures("on_meta")
 def test_norms_have_the_epsilon_of_the_reference(reference, assert_epsilons_equal):
     assert_epsilons_equal(build_backbone("edgevit_xxs", features_only=False), reference, OFFICIAL)
 

@@ -80,11 +80,13 @@ def test_gradients_in_training_mode_equal_timm(name, randomise, load_pair, asser
 
 
 @smallest
+@pytest.mark.usefixtures("on_meta")
 def test_norms_have_the_epsilon_of_timm(name, assert_epsilons_equal):
     assert_epsilons_equal(build_backbone(name, features_only=False), timm.create_model(name), TIMM)
 
 
 @smallest
+@pytest.mark.usefixtures("on_meta")
 def test_drop_path_rates_equal_timm_where_there_is_a_residual(name):
     reference = timm.create_model(name, drop_path_rate=0.3)
     theirs = {f"{k}.": m.drop_prob for k, m in reference.named_modules() if hasattr(m, "drop_prob")}

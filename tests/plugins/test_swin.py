@@ -158,11 +158,13 @@ def test_gradients_of_padded_windows_equal_torchvision(randomise, load_pair, ass
     assert_gradients_equal(model, reference, layout, size=(260, 292))
 
 
+@pytest.mark.usefixtures("on_meta")
 def test_norms_have_the_epsilon_of_timm(reference, assert_epsilons_equal):
     assert_epsilons_equal(build_backbone("swin_tiny", features_only=False), reference, TIMM)
     assert all(norm.eps == 1e-5 for norm in build_backbone("swin_tiny", out_norm=True).out_norms.values())
 
 
+@pytest.mark.usefixtures("on_meta")
 def test_drop_path_rates_equal_timm():
     reference = timm.create_model(timm_name("swin_tiny"), drop_path_rate=0.3)
     model = build_backbone("swin_tiny", drop_path_rate=0.3)

@@ -119,6 +119,7 @@ def test_gradients_equal_timm(name, randomise, load_pair, assert_gradients_equal
 
 
 @pytest.mark.parametrize("name", [S32, S16])
+@pytest.mark.usefixtures("on_meta")
 def test_norms_and_standardised_weights_have_the_epsilon_of_timm(name, assert_epsilons_equal):
     assert_epsilons_equal(build_backbone(name, features_only=False, **CUT), from_timm(name, **CUT))
 

@@ -18,9 +18,8 @@ import torch
 import yaml
 from torch import nn
 
-from backbones.cli.bench import Case, Result, machine, measure
+from backbones.cli.bench import Case, machine, measure
 from backbones.cli.output import print_table
-from backbones.discovery import describe
 from backbones.errors import InputError
 
 from ..files import is_checkpoint, whole
@@ -142,13 +141,11 @@ class Comparison:
             return
         print(f"\nmeasuring: {machine(cases[0])}", flush=True)
         together = sum(_size(case.checkpoint) for case in cases) < TOGETHER
-        try:
-            results = measure(cases, SECONDS * len(cases)) if together else [_result(case) for case in cases]
-        except Exception:  # of one model; the others are to be measured all the same
-            results = [_result(case) for case in cases]
+        turns = [cases] if together else [[case] for case in cases]
+        results = [result for turn in turns for result in measure(turn, SECONDS * len(turn))]
         for entry, case, result in zip(trained, cases, results, strict=True):
-            if isinstance(result, str):
-                entry.figures = {"error": result}
+            if result.error:
+                entry.figures = {"error": f"not measured: {result.error}"}
                 continue
             entry.figures = {name: getattr(result, name) for name in ("params_m", "gmacs", "latency_ms", "peak_mb")}
             entry.figures |= {"machine": machine(case), "scores": list(load_task(case.checkpoint, case.task).scores)}
@@ -166,15 +163,9 @@ class Comparison:
             with whole(images) as file:
                 torch.save(_first_image(self.task, checkpoint), file)
         return TrainedCase(
-            library="",
             name=entry.label,
-            options={},
             size=tuple(torch.load(images, weights_only=True)[0].shape[-2:]),
-            batch=1,
-            train=False,
-            dtype="float32",
             device="cpu" if on_cpu else "cuda",
-            compile=False,
             task=self.task.name,
             checkpoint=checkpoint,
             images=images,
@@ -329,14 +320,6 @@ def _reason(code: int, printed: Sequence[str]) -> str:
     lines = [line for line in printed if line and not line.startswith(" ")]
     errors = [line for line in lines if re.match(r"backbones: error: |[\w.]*(?:Error|Exception|Interrupt)\b", line)]
     return (errors or lines or [f"ended with code {code}"])[-1].removeprefix("backbones: error: ")
-
-
-def _result(case: TrainedCase) -> Result | str:
-    """What was measured of a model by itself, or why it could not be."""
-    try:
-        return measure([case], SECONDS)[0]
-    except Exception as error:
-        return f"not measured: {describe(error)}"
 
 
 def _size(checkpoint: Path) -> int:

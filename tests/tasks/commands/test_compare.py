@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from run_files import same, weights
 
-from backbones.cli import bench, main
+from backbones.cli import main
+from backbones.cli.bench import timing
 from backbones_tasks.commands import comparison
 from backbones_tasks.pictures.tradeoff import _unbeaten, save_tradeoff
 from backbones_tasks.training.callbacks import read_metrics
@@ -53,7 +54,7 @@ def started(monkeypatch):
 
     monkeypatch.setattr(comparison, "_in_process", run)
     monkeypatch.setattr(comparison, "SECONDS", 0.05)
-    monkeypatch.setattr(bench, "_peak_memory", lambda case: 12.5)  # takes a process of its own
+    monkeypatch.setattr(timing, "_peak_memory", lambda case: 12.5)  # takes a process of its own
     return runs
 
 

@@ -311,7 +311,7 @@ def test_a_checkpoint_is_shared_by_one_command(capsys):
 @pytest.mark.usefixtures("workplace")
 def test_a_checkpoint_keeps_the_statistics_of_the_weights_that_it_began_with(tmp_path, monkeypatch):
     began = build_backbone("vit_tiny_patch16").save_pretrained(tmp_path / "began") / "model.safetensors"
-    monkeypatch.setattr("backbones.weights._fetch", lambda row, name: began)
+    monkeypatch.setattr("backbones.weights.published._fetch", lambda row, name: began)
     fit("detection", "--backbone={name: vit_tiny_patch16, pretrained: true}", "--trainer.limit_train_batches=1")
     model = share(CKPT, "shared")
     row = backbones.backbone_info("vit_tiny_patch16").weights[0]

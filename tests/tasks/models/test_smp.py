@@ -112,7 +112,7 @@ def published(tmp_path, monkeypatch, randomise):
     reference = randomise(timm.create_model("pvt_v2_b0"))
     path = tmp_path / "pvt.pth"
     torch.save(reference.state_dict(), path)
-    monkeypatch.setattr("backbones.weights._fetch", lambda row, name: path)
+    monkeypatch.setattr("backbones.weights.published._fetch", lambda row, name: path)
     return reference, path
 
 
@@ -176,7 +176,7 @@ def test_smp_saves_and_loads_it(tmp_path, randomise):
 def test_a_model_that_was_built_on_published_weights_loads_without_them(tmp_path, published, monkeypatch):
     model = smp.Unet("backbones-pvt_v2_b0", encoder_weights="imagenet").eval()
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr("backbones.weights._fetch", None)
+    monkeypatch.setattr("backbones.weights.published._fetch", None)
     again = smp.from_pretrained(tmp_path, encoder_weights=None).eval()
     images = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
