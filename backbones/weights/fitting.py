@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.models import adapt_input_conv
@@ -30,7 +30,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def load_weights(
-    model: "Backbone", source: str | os.PathLike | Mapping[str, Tensor], strict: bool = True
+    model: "Backbone", source: str | os.PathLike[str] | Mapping[str, Tensor], strict: bool = True
 ) -> LoadReport:
     """Loads a checkpoint of any known key layout and says what became of each tensor.
 
@@ -82,7 +82,7 @@ def load_weights(
     return report
 
 
-def _choose(model: "Backbone", content: Mapping, own: Mapping[str, Tensor], report: LoadReport) -> Recognised:
+def _choose(model: "Backbone", content: Mapping[str, Any], own: Mapping[str, Tensor], report: LoadReport) -> Recognised:
     """Of the state dicts in a checkpoint the one that fits best, as recognised."""
     layouts = (KeyLayout(model.own_layout), *model.key_layouts)
     best = None
@@ -97,6 +97,7 @@ def _choose(model: "Backbone", content: Mapping, own: Mapping[str, Tensor], repo
                 f"it holds two sets of weights that fit, {best[0].path!r} and {candidate.path!r}; pass the state dict "
                 "of the one that is meant"
             )
+    assert best is not None  # `state_dicts` yields one, or raises
     _, found = best
     report.layout, report.prefix = found.layout, found.prefix
     report.unexpected = {key: tuple(value.shape) for key, value in found.around.items()}

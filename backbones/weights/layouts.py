@@ -92,13 +92,13 @@ def recognise(state: Mapping[str, Tensor], own: Mapping[str, Tensor], layouts: S
         # `stages_0.` is `stages.0.` in what timm's features_only=True has saved
         unfolded = {re.sub(r"^([a-z_]+)_(\d+)\.", r"\1.\2.", k): v for k, v in inner.items()}
         spellings = [inner] if unfolded.keys() == inner.keys() else [inner, unfolded]
-        best = None
+        tried = []
         for layout, spelling in itertools.product(layouts, spellings):
             converted = layout.convert(spelling)
             names = [name for name in converted if name in own]
             matched = len(names), sum(converted[name].shape == own[name].shape for name in names)
-            if best is None or matched > best.matched:
-                best = Recognised(converted, {}, layout.name, prefix, matched)
+            tried.append(Recognised(converted, {}, layout.name, prefix, matched))
+        best = max(tried, key=lambda each: each.matched)
         if not found or best.matched > found[0].matched:
             found = [best]
         elif best.matched == found[0].matched and best.prefix.startswith(found[0].prefix):
@@ -111,9 +111,9 @@ def recognise(state: Mapping[str, Tensor], own: Mapping[str, Tensor], layouts: S
         if len(averaged) == 1:
             best = averaged[0]
         elif not all(_same(best, other) for other in others):
-            names = ", ".join(repr(each.prefix) for each in found)
+            fitting = ", ".join(repr(each.prefix) for each in found)
             raise WeightsError(
-                f"it holds several sets of weights that fit, under {names}; pass the state dict of the one that is "
+                f"it holds several sets of weights that fit, under {fitting}; pass the state dict of the one that is "
                 "meant, without its prefix"
             )
     around = {k: v for k, v in state.items() if not k.startswith(best.prefix)}

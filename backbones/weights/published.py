@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -22,7 +22,9 @@ __all__ = ["load_pretrained"]
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-def load_pretrained(model: "Backbone", spec: BackboneSpec, pretrained: bool | str | os.PathLike) -> LoadReport:
+def load_pretrained(
+    model: "Backbone", spec: BackboneSpec, pretrained: Literal[True] | str | os.PathLike[str]
+) -> LoadReport:
     """Loads the weights that `build_backbone(pretrained=...)` asked for.
 
     Args:

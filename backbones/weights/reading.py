@@ -19,7 +19,7 @@ from .layouts import AVERAGED
 __all__ = ["StateDict", "read_checkpoint", "state_dicts"]
 
 
-def read_checkpoint(path: str | os.PathLike) -> Mapping:
+def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     """The content of a .safetensors or torch file, read without running any code in it.
 
     Raises:

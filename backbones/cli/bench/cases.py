@@ -76,7 +76,8 @@ class Case:
 
     def strides(self, model: "nn.Module") -> list[int]:
         """Strides of the maps that the model, or the backbone in it, returns."""
-        return model.feature_info.reduction()
+        info: Any = model.feature_info
+        return info.reduction()
 
 
 def columns(name: str, load: Case, versus: tuple[str, ...], dtypes: tuple[str, ...]) -> list[Case]:
@@ -131,7 +132,8 @@ def _counterparts(info: Any, load: Case, ours: Case) -> tuple[Case | None, Case]
         return None, ours
     options, size = timm_options(known, load.size)
     ours = replace(ours, size=size)
-    levels = timm.create_model(known, **options).feature_info.info
+    info_of_timm: Any = timm.create_model(known, **options).feature_info
+    levels = info_of_timm.info
     last = {level["reduction"]: i for i, level in enumerate(levels)}  # timm lists every block of a plain ViT
     shared = [stride for stride in info.strides if stride in last]
     if not shared:
@@ -146,8 +148,10 @@ def timm_options(name: str, size: tuple[int, int]) -> tuple[dict[str, Any], tupl
     import timm
     import torch
 
-    native = timm.get_pretrained_cfg(name).input_size[1:]
-    for options, side in (({}, size), ({"img_size": size}, size), ({}, native)):
+    cfg = timm.get_pretrained_cfg(name)
+    native = cfg.input_size[1:] if cfg else (224, 224)
+    tried: list[tuple[dict[str, Any], tuple[int, int]]] = [({}, size), ({"img_size": size}, size), ({}, native)]
+    for options, side in tried:
         try:
             with torch.device("meta"), torch.no_grad():
                 timm.create_model(name, features_only=True, **options).eval()(torch.empty(1, 3, *side))

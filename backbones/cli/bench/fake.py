@@ -66,7 +66,8 @@ class Asked:
 def run(args: argparse.Namespace) -> int:
     """The command with `--device fake-cuda`; returns 1 if a model of ours has a fault."""
     load = Case(name="", size=(args.size[0], args.size[-1]), batch=args.batch or 8)
-    versus = [other for other in args.vs if other == "timm"]  # a GPU runs none of the others' operations one by one
+    # A GPU runs none of the others' operations one by one.
+    versus = tuple(other for other in args.vs if other == "timm")
     every = [columns(name, load, versus, args.dtype) for name in args.names]  # all are checked before any is run
     rows = []
     for cases in every:
@@ -142,8 +143,8 @@ class WouldWait(RuntimeError):
 class GPUWork(TorchDispatchMode):
     """Counts operations and the bytes that they move; raises at what a GPU would have to be waited for."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations: Counter[str] = Counter()
         self.bytes = 0
 
@@ -184,9 +185,9 @@ def _move(model: nn.Module) -> None:
         for name, value in module._parameters.items():
             if value is not None:
                 module._parameters[name] = nn.Parameter(_like(value), requires_grad=False)
-        for name, value in module._buffers.items():
-            if value is not None:
-                module._buffers[name] = _like(value)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = _like(buffer)
 
 
 def _like(value: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from backbones.discovery import describe
 from backbones.errors import MissingDependency
@@ -58,7 +58,7 @@ def measure(cases: Sequence[Case], seconds: float, rounds: int | None = None, me
     steps: dict[int, Callable[[], None]] = {}
     counted: dict[str, float] = {}
     for i, case in enumerate(cases):
-        about = {"name": case.name, "library": case.library, "column": case.column, "dtype": case.dtype}
+        about: dict[str, Any] = {"name": case.name, "library": case.library, "column": case.column, "dtype": case.dtype}
         results.append(Result(**about, size="x".join(map(str, case.size))))
         same = f"{case.library} {case.name} {case.size} {case.options}"
         try:
@@ -66,7 +66,10 @@ def measure(cases: Sequence[Case], seconds: float, rounds: int | None = None, me
             if same not in counted:
                 counted[same] = round(_gmacs(case), 2)
             params = sum(p.numel() for p in model.parameters())
-            facts = {"maps": " ".join(map(str, case.strides(model))), "params_m": round(params / 1e6, 2)}
+            facts: dict[str, Any] = {
+                "maps": " ".join(map(str, case.strides(model))),
+                "params_m": round(params / 1e6, 2),
+            }
             step = _step(case, model, images)
             for _ in range(2):
                 step()
@@ -280,6 +283,7 @@ def machine(load: Case) -> str:
 def _processor() -> str:
     """The processor's name, where the system tells it."""
     try:
-        return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):
-        return platform.processor() or "CPU"
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or "CPU"
