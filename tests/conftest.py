@@ -1,5 +1,6 @@
 """Helpers shared by all tests."""
 
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,6 +8,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import HfApi
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a thread for each worker, and for the processes that it starts
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `-n`, a worker runs all tests of a file, so that what they share is made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -63,7 +63,7 @@ def test_plugin_of_the_readme_is_a_backbone(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("section", "last"), [("Train something now", "backbones fit segmentation"), ("Run the tests", "pytest")]
+    ("section", "last"), [("Train something now", "backbones fit segmentation"), ("Run the tests", "pytest -n auto")]
 )
 def test_each_of_the_two_commands_is_complete_by_itself(section, last):
     """A fresh machine needs nothing else; `.ci/run` takes what the section's one block of bash says."""

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from backbones import Backbone, InputError, PluginError
+import backbones
+from backbones import Backbone, BackboneSpec, InputError, PluginError, registry
 from backbones.cli import main
+from backbones.discovery import Plugin
 from backbones.testing import CHECKS, SLOW_CHECKS, check_backbone, check_plugin, parametrize_backbones
 
 
@@ -166,10 +168,13 @@ def test_plugins_are_checked_by_distribution_or_namespace(throwaway):
         check_plugin("nobody")
 
 
-def test_the_command_prints_a_table_and_the_number_of_checks(capsys):
-    assert main(["check", "pvt_v2_b0", "--quick"]) == 0
+def test_the_command_prints_a_table_and_the_number_of_checks(capsys, monkeypatch):
+    monkeypatch.setattr(registry, "_local", Plugin(namespace="local", module="__main__"))
+    entry = f"{__name__}:Good"
+    backbones.register(BackboneSpec(name="good", family="Good", entry=entry, channels=(8, 12), strides=(4, 8)))
+    assert main(["check", "good", "--quick"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["check", "pvt/pvt_v2_b0"]
+    assert lines[0].split() == ["check", "local/good"]
     assert ["any_size", "passed"] in [line.split() for line in lines]
     assert lines[-1].startswith(f"{len(CHECKS) - len(SLOW_CHECKS)} checks in ")
     assert lines[-1].endswith(f"{len(CHECKS) - len(SLOW_CHECKS)} passed")
