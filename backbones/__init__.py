@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .backbone import Backbone, FeatureInfo, wrap
+    from .backbone import Backbone, FeatureInfo
     from .errors import (
         AmbiguousBackbone,
         BackboneError,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .registry import PluginInfo, backbone_info, build_backbone, list_backbones, plugins, refresh, register
     from .specs import BackboneInfo, BackboneSpec, Weights
     from .weights import LoadReport
+    from .wrapping import wrap
 
     __version__: str
 
@@ -59,7 +60,7 @@ __all__ = [
 ]
 
 _NAMES = {
-    "backbone": "Backbone FeatureInfo wrap",
+    "backbone": "Backbone FeatureInfo",
     "errors": "AmbiguousBackbone BackboneError IncompatiblePlugin InputError InvalidSpec MissingDependency "
     "PluginError UnknownBackbone WeightsError",
     "hookspecs": "hookimpl",
@@ -68,6 +69,7 @@ _NAMES = {
     "registry": "PluginInfo backbone_info build_backbone list_backbones plugins refresh register",
     "specs": "BackboneInfo BackboneSpec Weights",
     "weights": "LoadReport",
+    "wrapping": "wrap",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 

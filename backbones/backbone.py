@@ -32,7 +32,7 @@ from .specs import BackboneInfo
 from .variants import siblings
 from .weights import KeyLayout, LoadReport, read_checkpoint
 
-__all__ = ["Backbone", "FeatureInfo", "wrap"]
+__all__ = ["Backbone", "FeatureInfo"]
 
 OutIndices = int | Sequence[int] | None
 
@@ -447,46 +447,3 @@ def _resolve_indices(out_indices: OutIndices, count: int, name: str) -> tuple[in
     if list(resolved) != sorted(set(resolved)):
         raise InputError(f"{name}: out_indices={given} must ascend without repeats; {valid}")
     return resolved
-
-
-class _Wrapped(Backbone):
-    def __init__(self, module: nn.Module, size_divisor: int, **options: Any):
-        super().__init__(**options)
-        self.size_divisor = size_divisor
-        self.module = module
-
-    def forward_features(self, images: Tensor) -> Sequence[Tensor]:
-        maps = list(self._run(self.module, images))
-        if len(maps) != len(self.feature_info.info):
-            raise InputError(
-                f"{type(self.module).__name__} returned {len(maps)} maps where {len(self.feature_info.info)} "
-                "were declared; make channels and strides agree with what it returns"
-            )
-        return maps
-
-    def freezable(self) -> list[list[nn.Module | nn.Parameter]]:
-        return [[self.module]]
-
-    def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
-        return {"module": r"^module"}
-
-
-def wrap(
-    module: nn.Module,
-    channels: Sequence[int],
-    strides: Sequence[int] = (4, 8, 16, 32),
-    size_divisor: int = 32,
-    **options: Any,
-) -> Backbone:
-    """A foreign module that returns NCHW maps, finest first, as a `Backbone`.
-
-    Args:
-        module: called with images (B, C, H, W); returns one map per entry of `channels`.
-        channels: width of each map.
-        strides: pixels per cell of each map.
-        size_divisor: image sides the module can take are multiples of this; others are padded.
-        **options: options common to all backbones, such as `out_indices` or `norm_eval`.
-    """
-    if not options.get("features_only", True):
-        raise InputError("wrap() takes a module that yields feature maps; features_only=False has no meaning here")
-    return _Wrapped(module, size_divisor, channels=channels, strides=strides, **options)
