@@ -3,7 +3,7 @@
 import copy
 import functools
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -125,17 +125,12 @@ def _replace(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
     replacement = module
     if callable(getattr(type(module), "prepare_for_inference", None)):
         replacement = module.prepare_for_inference()
-    elif is_plain(module) and type(module) in _TORCH:
-        replacement = _TORCH[type(module)](module)
+    elif is_plain(module, nn.Linear):  # PyTorch's own layers have no method to say it by
+        replacement = FastLinear.of(module)
+    elif isinstance(module, nn.Sequential) and is_plain(module):  # subclasses, too: Conv2dNormActivation, Conv2dReLU
+        replacement = fold_sequence(module)
     done[module] = replacement
     return replacement
-
-
-# PyTorch's own layers have no method to say it by.
-_TORCH: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
-    nn.Linear: lambda layer: FastLinear.of(layer) if is_plain(layer, nn.Linear) else layer,
-    nn.Sequential: fold_sequence,
-}
 
 
 def _low_precision_parts(module: nn.Module) -> Iterator[nn.Module]:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .activation import activate
 from .inference import Layer
+from .padding import is_exporting
 
 # oneDNN's float32 kernels for x86; elsewhere, or without it, `F.linear` is as good.
 _ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
@@ -34,7 +35,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     sums, and on AMD Zen 5 oneDNN takes half the time, forward and backward. Rows are laid along the width
     of a channels-last map, so that nothing is copied.
     """
-    if not _ONEDNN or _not_plain_float32(x) or (not torch.compiler.is_compiling() and x.numel() <= _FEW):
+    few = not torch.compiler.is_compiling() and x.numel() <= _FEW
+    if not _ONEDNN or _not_plain_float32(x) or few or is_exporting():  # what is exported runs on any machine
         return F.linear(x, weight, bias)
     rows = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # (..., C) -> (1, C, 1, rows)
     # A kernel of one cell has nothing to dilate, but asking for it keeps PyTorch from its own, slower

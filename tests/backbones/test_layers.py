@@ -7,9 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
+from segmentation_models_pytorch.base.modules import Conv2dReLU
 from timm.layers import Conv2dSame
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.ops import Conv2dNormActivation
 
 from backbones import for_inference
 from backbones.errors import InputError
@@ -288,6 +290,16 @@ class TestLogPositionBias:
             assert not torch.equal(bias(3, 3), before)
             fast = bias.prepare_for_inference()
             assert fast(3, 3) is fast(3, 3)
+
+
+@pytest.mark.parametrize("layers", [Conv2dNormActivation(8, 8), Conv2dReLU(8, 8, 3, padding=1)], ids=type)
+def test_norms_fold_in_sequences_of_other_libraries(layers, randomise):
+    layers = randomise(nn.Sequential(layers))
+    x = torch.randn(2, 8, 6, 7)
+    fast = for_inference(layers)
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in fast.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x.clone()), layers(x), atol=1e-5, rtol=1e-5)
 
 
 class TestMBConv:

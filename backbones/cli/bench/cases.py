@@ -74,6 +74,15 @@ class Case:
             model = build_backbone(self.name, **self.options)
         return model.to(device).train(self.train), torch.randn(self.batch, 3, *self.size, device=device)
 
+    def faster(self, model: "nn.Module") -> "nn.Module":
+        """What `for_inference` makes of the model."""
+        import torch
+
+        import backbones
+
+        dtype = None if self.dtype == "float32" else getattr(torch, self.dtype)
+        return backbones.for_inference(model, dtype=dtype, compile=self.compile)
+
     def strides(self, model: "nn.Module") -> list[int]:
         """Strides of the maps that the model, or the backbone in it, returns."""
         info: Any = model.feature_info

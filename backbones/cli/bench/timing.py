@@ -131,9 +131,7 @@ def _runner(case: Case, model: "nn.Module", images: "Tensor") -> Callable[[], ob
         return _RUNTIMES[case.runtime](case, model, images)
     dtype = getattr(torch, case.dtype)
     if case.for_inference:
-        import backbones
-
-        model = backbones.for_inference(model, dtype=None if dtype == torch.float32 else dtype, compile=case.compile)
+        model = case.faster(model)
         images = images if dtype == torch.float32 else images.to(dtype)
     elif case.channels_last:
         model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
@@ -275,7 +273,7 @@ def machine(load: Case) -> str:
     else:
         threads = torch.get_num_threads()
         where = f"{_processor()} ({torch.backends.cpu.get_cpu_capability()}), {threads} thread{'s' * (threads > 1)}"
-    what = "forward and backward" if load.train else "forward"
+    what = "forward and backward" if load.train else "forward of for_inference" if load.for_inference else "forward"
     size = " x ".join(map(str, load.size))
     return f"{where}, torch {torch.__version__}: {what}, {load.dtype}, batch {load.batch}, {size}"
 

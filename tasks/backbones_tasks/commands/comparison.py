@@ -166,6 +166,7 @@ class Comparison:
             name=entry.label,
             size=tuple(torch.load(images, weights_only=True)[0].shape[-2:]),
             device="cpu" if on_cpu else "cuda",
+            for_inference=True,
             task=self.task.name,
             checkpoint=checkpoint,
             images=images,
@@ -269,6 +270,10 @@ class TrainedCase(Case):
         device = device or self.device
         images = torch.load(self.images, map_location=device, weights_only=True)
         return load_task(self.checkpoint, self.task, device), images
+
+    def faster(self, model: nn.Module) -> nn.Module:
+        model.model = super().faster(model.model)
+        return model
 
     def strides(self, model: nn.Module) -> list[int]:
         return model.model.inner_backbone.feature_info.reduction()

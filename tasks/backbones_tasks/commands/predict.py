@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from backbones import for_inference
 from backbones.errors import InputError
 
 from ..data.images import IMAGE_SUFFIXES, UnreadableImage
@@ -29,6 +30,7 @@ def predict(argv: Sequence[str]) -> int:
 
     sources = _find_images(args.images)  # before the model: a wrong path should not cost its loading
     task = load_task(args.ckpt, kind.name, args.device)
+    task.model = for_inference(task.model, dtype=torch.bfloat16 if torch.device(args.device).type == "cuda" else None)
     args.out.mkdir(parents=True, exist_ok=True)
     unreadable, folders, results = {}, {}, {}
     for source, name in tqdm(sources, desc="predict", unit="image", disable=None):

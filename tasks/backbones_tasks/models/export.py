@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from backbones import Backbone, saving
+from backbones import Backbone, for_inference, saving
 from backbones.errors import BackboneError, InputError
 from backbones.layers.padding import is_exporting
 
@@ -76,16 +76,16 @@ class Exported:
 
 
 class Deployable(nn.Module):
-    """A model as it is deployed, in eval mode: images (B, C, H, W) in [0, 1] in, its outputs out.
+    """A model as it is deployed: images (B, C, H, W) in [0, 1] in, its outputs out.
 
     Args:
-        model: a backbone, a segmenter or a classifier; it is copied, to the CPU and in float32
+        model: a backbone, a segmenter or a classifier, on the CPU, in float32 and in eval mode
         normalise: False to take images that are normalised already
     """
 
     def __init__(self, model: nn.Module, normalise: bool = True):
         super().__init__()
-        self.model = copy.deepcopy(model).cpu().float().eval()
+        self.model = model
         backbone = inner_backbone(self.model)
         self.name: str = getattr(backbone, "canonical_name", type(backbone).__name__)
         config = getattr(backbone, "pretrained_cfg", None) or {}
@@ -152,7 +152,8 @@ def export_model(
         raise InputError(f"{file}: there is no folder {file.parent}")
     check_exportable(model)
     began = time.perf_counter()
-    deployable = Deployable(model, normalise)
+    model = copy.deepcopy(model).cpu().float().eval()
+    plain, deployable = Deployable(model, normalise), Deployable(for_inference(model), normalise)
     shapes = [(batch, *size) for batch in (1, 2, 3)] if fixed_size else CHECKED
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, about itself
@@ -170,7 +171,7 @@ def export_model(
             seconds = time.perf_counter() - began
             run = _RUNNERS[format](unfinished)
             try:
-                differences = [_compare(deployable, run, shape, tolerance) for shape in shapes]
+                differences = [_compare(plain, run, shape, tolerance) for shape in shapes]
             except ExportError as error:
                 remedy = _or_fix_size(fixed_size, "if the model does something else for some sizes, ")
                 raise ExportError(f"{file.name} was not written: {error}{remedy}") from error

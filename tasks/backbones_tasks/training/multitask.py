@@ -144,6 +144,7 @@ class MultiTask(Task):
         return {name: part.class_names for name, part in self.parts.items()}
 
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         for name, part in self.parts.items():
             part.trainer = self.trainer
             part.folder = None if self.folder is None else self.folder / name

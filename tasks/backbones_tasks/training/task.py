@@ -20,6 +20,7 @@ from torch.optim import SGD, Optimizer
 
 from backbones import backbone_info
 from backbones.errors import InputError
+from backbones.inference import compile_blocks
 from backbones.plain import json_values
 
 from ..data.images import UNREADABLE, UnreadableImage
@@ -53,6 +54,8 @@ class Task(LightningModule):
         num_classes: number of classes
         class_names: their names
         reading: how image files are read, in training and in prediction; see `data.reading.Reading`
+        compile: compile the blocks of the model for training, for images of any size; the first steps take minutes, and
+            checkpoints are as without
         seed: decides drop path and dropout, step by step, so that a resumed run equals an uninterrupted one
     """
 
@@ -98,10 +101,12 @@ class Task(LightningModule):
         num_classes: int = 2,
         class_names: list[str] | None = None,
         reading: dict[str, Any] | None = None,
+        compile: bool = False,
         seed: int = 0,
     ):
         super().__init__()
         self.reading = Reading(**(reading or {}))
+        self.compiles = compile
         self.save_hyperparameters(
             {
                 "optimizer": optimizer,
@@ -258,6 +263,12 @@ class Task(LightningModule):
         return best is None or score > best
 
     # Lightning
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.within is None:
+            self.model.to(memory_format=torch.channels_last)
+            if self.compiles:
+                compile_blocks(self.model)
 
     def forward(self, images: Any) -> Any:
         """What the model says of images in [0, 1]; once trained, a head says it as in a pass that serves all heads."""

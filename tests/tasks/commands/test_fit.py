@@ -15,8 +15,11 @@ import torch
 import yaml
 from PIL import Image
 from run_files import rows, same, weights
+from torch import nn
 
+from backbones import for_inference
 from backbones.cli import main
+from backbones_tasks.commands import predict
 from backbones_tasks.commands.command_line import CommandLine
 from backbones_tasks.data.segmentation import ShapesDataset
 from backbones_tasks.training.callbacks import AtomicCheckpointIO, read_metrics
@@ -155,6 +158,39 @@ def test_a_run_that_broke_off_goes_on_exactly(trained, workplace, monkeypatch):
     assert rows(run) == rows(trained)
     assert same(weights(run), weights(trained))
     assert same(weights(run, "best"), weights(trained, "best"))
+
+
+@pytest.mark.parametrize("traced", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["not traced", "traced"])
+def test_compiled_blocks_train_and_no_checkpoint_shows_it(workplace, monkeypatch, traced):
+    compiled, calls, compile_module = [], [], nn.Module.compile
+
+    def by_a_cheap_backend(block, **options):
+        compiled.append(block)
+        compile_module(block, **options, backend="eager")
+        if not traced:
+            block._compiled_call_impl = lambda *inputs: calls.append(block) or block._call_impl(*inputs)
+
+    monkeypatch.setattr(nn.Module, "compile", by_a_cheap_backend)
+    epochs = ["--trainer.max_epochs=1"]
+    assert fit("--out=plain", DROP_PATH, *epochs) == 0
+    assert not compiled
+    assert fit("--out=compiled", DROP_PATH, "--model.compile=true", *epochs) == 0
+    assert len({id(block) for block in compiled}) > 1
+    assert traced or set(calls) == set(compiled)
+    plain, blocks = weights("plain"), weights("compiled")
+    assert plain.keys() == blocks.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(blocks[name], value, rtol=1e-3, atol=1e-4)
+
+    count = len(compiled)
+    task = load_task(Path("compiled/checkpoints/last.ckpt"), "segmentation")
+    assert all(module._compiled_call_impl is None for module in task.modules())
+    again = ["fit", "segmentation", "--ckpt_path=last", "--trainer.max_epochs=2"]
+    assert main([*again, "--out=compiled", "--model.compile=false"]) == 0
+    assert len(compiled) == count, "what was compiled goes on without"
+    assert main([*again, "--out=plain", "--model.compile=true"]) == 0
+    assert len(compiled) > count, "and the other way round"
+    assert [row["epoch"] for row in rows("compiled")] == [row["epoch"] for row in rows("plain")] == ["0", "1"]
 
 
 def test_averaged_weights_are_what_is_measured_saved_and_gone_on_from(workplace, monkeypatch):
@@ -334,6 +370,20 @@ def test_windows_and_whole_images_agree_with_the_model(trained, workplace):
     with torch.no_grad():
         expected = task(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255).argmax(1)[0]
     assert np.array_equal(np.asarray(Image.open("out/masks/a.png")), expected.numpy())
+
+
+def test_predict_runs_the_fast_copy_of_the_model(trained, workplace, monkeypatch):
+    made = []
+
+    def keep(model, dtype=None, compile=False):
+        made.append((type(model).__name__, dtype))
+        return for_inference(model, dtype, compile)
+
+    monkeypatch.setattr(predict, "for_inference", keep)
+    Image.new("RGB", (40, 40)).save("a.png")
+    arguments = ["--ckpt", str(trained / "checkpoints" / "best.ckpt"), "--images", "a.png", "--out", "out"]
+    assert main(["predict", "segmentation", *arguments, "--device=cpu"]) == 0
+    assert made == [("Segmenter", None)], "in float32 on a CPU"
 
 
 def test_a_folder_of_images_trains(workplace):
