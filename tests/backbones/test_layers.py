@@ -292,6 +292,14 @@ class TestLogPositionBias:
             assert fast(3, 3) is fast(3, 3)
 
 
+def test_an_exported_linear_layer_is_one_on_any_machine():
+    fast = for_inference(nn.Sequential(nn.Linear(16, 4)))
+    program = torch.export.export(fast, (torch.randn(1, 4096, 16),))
+    operators = [node.target for node in program.graph.nodes]
+    assert torch.ops.aten.linear.default in operators
+    assert torch.ops.aten.conv2d.default not in operators
+
+
 @pytest.mark.parametrize("layers", [Conv2dNormActivation(8, 8), Conv2dReLU(8, 8, 3, padding=1)], ids=type)
 def test_norms_fold_in_sequences_of_other_libraries(layers, randomise):
     layers = randomise(nn.Sequential(layers))

@@ -119,11 +119,10 @@ def test_what_is_exported_is_the_fast_copy_compared_with_the_model_itself(tmp_pa
                 part.weight.mul_(1.5)  # a fault of for_inference
         return fast
 
-    model = segmenter("mobilevitv2_050").eval()
+    model = segmenter().eval()
     program = export_model(model, tmp_path / "model.pt2", format="torch-export", size=(64, 96), fixed_size=True)
     operators = [node.target for node in torch.export.load(program.file).graph.nodes]
     assert torch.ops.aten.batch_norm.default not in operators, "norms are folded"
-    assert torch.ops.aten.linear.default in operators or not any(isinstance(m, nn.Linear) for m in model.modules())
     monkeypatch.setattr(module, "for_inference", faster)
     with pytest.raises(module.ExportError, match="its outputs differ"):
         export_model(model, tmp_path / "wrong.pt2", format="torch-export", size=(64, 96), fixed_size=True)
