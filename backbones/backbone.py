@@ -4,6 +4,7 @@ import itertools
 import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from .layers import (
     ceil_div,
     checkpoint,
     crop_to,
+    hooks_kept,
     init_linear,
     layer_norm_2d,
     pad_to_multiple,
@@ -95,6 +97,8 @@ class Backbone(Layer, metaclass=_Finished):
     output_strides: ClassVar[tuple[int, ...]] = (32,)
     #: Pooling that the classifier knows.
     global_pools: ClassVar[tuple[str, ...]] = ("avg",)
+    #: Whether its layers are those of a library that overwrites what other layers have returned.
+    overwrites: ClassVar[bool] = False
     #: Whether `backbones.for_inference` may run it in the low precision that it is asked for.
     low_precision: ClassVar[bool] = True
     #: Images are zero-padded, right and bottom, to a multiple of this; maps are cropped back.
@@ -202,9 +206,9 @@ class Backbone(Layer, metaclass=_Finished):
     def forward(self, images: Tensor) -> list[Tensor] | Tensor:
         """Feature maps of images (B, in_chans, H, W); with `features_only=False`, logits (B, num_classes)."""
         self._check_images(images)
-        # Convolutions hand channels-last maps on, which norms and linear layers read without a copy.
-        padded = self.pad(images).contiguous(memory_format=torch.channels_last)
-        features = self.forward_features(padded)
+        padded = self.pad(images)
+        with hooks_kept(self) if self.overwrites and not self.fast else nullcontext():
+            features = self.forward_features(padded)
         if not self.features_only:
             return self.forward_head(features)
         maps = []
@@ -309,8 +313,12 @@ class Backbone(Layer, metaclass=_Finished):
     # What architectures use
 
     def pad(self, images: Tensor) -> Tensor:
-        """Images as the stem takes them: zero-padded, right and bottom, to a multiple of `size_divisor`."""
-        return pad_to_multiple(images, self.size_divisor)
+        """Images as the stem takes them: zero-padded, right and bottom, to a multiple of `size_divisor`.
+
+        They are channels-last, whatever weights are: convolutions then hand on channels-last maps, which norms and
+        linear layers read without a copy.
+        """
+        return pad_to_multiple(images, self.size_divisor).contiguous(memory_format=torch.channels_last)
 
     def wanted(self, stages: Iterable[nn.Module]) -> Iterator[nn.Module]:
         """The leading stages that the maps asked for need; the rest of a lazy iterable is never built."""

@@ -31,6 +31,8 @@ class _Form:
 
 
 class _Wrapped(Backbone):
+    overwrites = True
+
     def __init__(self, module: nn.Module, size_divisor: int | None, image_size: tuple[int, int] | None, **options: Any):
         super().__init__(**options)
         self.module = module

@@ -7,6 +7,7 @@ from .cache import TableCache
 from .checkpointing import checkpoint, hold_statistics, release_statistics
 from .conv import ConvNorm, init_conv, pad_same
 from .head import PreLogits
+from .hooks import hooks_kept
 from .inference import Layer, fold_norm, fold_norm_before, fold_sequence, is_plain, scale_outputs
 from .linear import FastLinear, Mlp, init_linear, linear
 from .mbconv import MBConv, SqueezeExcite, halve
@@ -41,6 +42,7 @@ __all__ = [
     "fold_sequence",
     "halve",
     "hold_statistics",
+    "hooks_kept",
     "init_conv",
     "init_linear",
     "is_plain",

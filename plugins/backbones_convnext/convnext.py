@@ -135,15 +135,16 @@ class Downsample(nn.Module):
     def __init__(self, in_chans: int, dim: int, dilation: int):
         super().__init__()
         self.norm = nn.LayerNorm(in_chans, eps=1e-6)
+        self.stride = 1 if dilation > 1 else 2
         # The stage that first keeps the resolution meets a map that is dense still.
-        self.conv = nn.Conv2d(in_chans, dim, 2, stride=1 if dilation > 1 else 2, dilation=max(1, dilation // 2))
+        self.reach = max(1, dilation // 2)
+        self.conv = nn.Conv2d(in_chans, dim, 2, stride=self.stride, dilation=self.reach)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        if self.conv.stride[0] == 2:
+        if self.stride == 2:
             return self.conv(pad_to_multiple(x, 2))
-        reach = self.conv.dilation[0]
-        before, after = reach // 2, reach - reach // 2
+        before, after = self.reach // 2, self.reach - self.reach // 2
         return self.conv(F.pad(x, (before, after, before, after)))
 
 

@@ -103,11 +103,12 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, size: int):
         super().__init__()
+        self.size = size
         self.proj = nn.Conv2d(in_chans, dim, size, size)
         self.norm = nn.LayerNorm(dim, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.proj(pad_to_multiple(x, self.proj.stride[0]))
+        x = self.proj(pad_to_multiple(x, self.size))
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 

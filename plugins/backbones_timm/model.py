@@ -4,10 +4,12 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from itertools import groupby
 from typing import Any
 
 import timm
+import torch
 import torch.nn.functional as F
 from timm.layers import to_2tuple
 from timm.models import group_parameters
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from backbones.backbone import Backbone
 from backbones.errors import InputError, MissingDependency
-from backbones.layers import ceil_div, crop_to, pad_to_multiple
+from backbones.layers import ceil_div, crop_to, hold_statistics, hooks_kept
 from backbones.pyramid import Pyramid
 from backbones.weights import KeyLayout
 
@@ -52,6 +54,7 @@ class TimmBackbone(Backbone):
     """
 
     own_layout = "timm"
+    overwrites = True
 
     def __init__(
         self,
@@ -170,17 +173,21 @@ class TimmBackbone(Backbone):
                     f"timm/{self.model_name} is built for images of up to {allowed[0]} x {allowed[1]}, got "
                     f"{height} x {width}; build it with img_size=({height}, {width}) or more"
                 )
-            return F.pad(images, (0, allowed[1] - width, 0, allowed[0] - height))
+            images = F.pad(images, (0, allowed[1] - width, 0, allowed[0] - height))
+            return images.contiguous(memory_format=torch.channels_last)
         if self.facts.minimum > self.size_divisor:
             images = F.pad(images, (0, max(0, self.facts.minimum - width), 0, max(0, self.facts.minimum - height)))
-        return pad_to_multiple(images, self.size_divisor)
+        return super().pad(images)
 
     def forward(self, images: Tensor) -> list[Tensor] | Tensor:
         """Feature maps of images (B, in_chans, H, W); with `features_only=False`, what timm's model returns."""
+        if self.checkpointing and self.training:
+            hold_statistics(self.model)
         if self.features_only:
             return super().forward(images)
         self._check_images(images)
-        return self.model(self.pad(images))
+        with nullcontext() if self.fast else hooks_kept(self):
+            return self.model(self.pad(images))
 
     def forward_features(self, images: Tensor) -> dict[int, Tensor] | Tensor:
         """Maps by index; of a classifier, what timm's `forward_features` returns."""

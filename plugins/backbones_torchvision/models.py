@@ -43,6 +43,7 @@ class TorchvisionBackbone(Backbone):
 
     block_pattern = r"^stages\.(\d+)\.(\d+)"
     weight_options = ("weights",)
+    overwrites = True
 
     def __init__(
         self,

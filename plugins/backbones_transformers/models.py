@@ -18,6 +18,7 @@ from transformers import AutoBackbone, AutoConfig, PreTrainedConfig
 
 from backbones.backbone import Backbone
 from backbones.errors import InputError
+from backbones.layers import hold_statistics
 from backbones.pyramid import Pyramid
 from backbones.weights import KeyLayout, read_checkpoint
 
@@ -42,6 +43,7 @@ class TransformersBackbone(Backbone):
 
     key_layouts = (KeyLayout("transformers", ((r"^", "body."),)),)
     new_parts = ("head", "out_norms", "pyramid", "body.hidden_states_norms")
+    overwrites = True
 
     def __init__(
         self,
@@ -83,6 +85,8 @@ class TransformersBackbone(Backbone):
         """Maps by index."""
         x = self.pad(images)
         recompute = self.checkpointing and self.training and torch.is_grad_enabled()
+        if recompute:
+            hold_statistics(self.body)
         if recompute and not self.body.supports_gradient_checkpointing:
             maps = checkpoint(self._maps, x, use_reentrant=False)
         else:

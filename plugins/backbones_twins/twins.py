@@ -117,7 +117,7 @@ class Twins(Backbone):
     def forward_features(self, images: Tensor) -> list[Tensor] | Tensor:
         if not self.in_trunk:
             return super().forward_features(images)
-        maps, x = [], images
+        maps, x = [], self.pad(images)
         for stage, norm in zip(self.stages, self.stage_norms, strict=True):
             x = norm(self._run(stage, x))
             maps.append(x)
@@ -153,11 +153,12 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, stride: int):
         super().__init__()
+        self.stride = stride
         self.proj = nn.Conv2d(in_chans, dim, stride, stride)
         self.norm = nn.LayerNorm(dim, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(pad_to_multiple(x, self.proj.stride[0])).permute(0, 2, 3, 1))
+        return self.norm(self.proj(pad_to_multiple(x, self.stride)).permute(0, 2, 3, 1))
 
 
 class Block(Layer):

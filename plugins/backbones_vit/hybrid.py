@@ -54,7 +54,7 @@ class HybridVisionTransformer(VisionTransformer):
 
     def forward_features(self, images: Tensor) -> dict[int, Tensor] | Tensor:
         """Maps by index; of a classifier, the normed tokens (B, prefix tokens + patches, dim)."""
-        stages, patches = self.patch_embed(images)
+        stages, patches = self.patch_embed(self.pad(images))
         if not self.features_only:
             return self.forward_patches(patches)
         maps = {i: stages[i] for i in self.out_indices if not self.taps[i]}

@@ -25,7 +25,6 @@ from backbones.layers import (
     TableCache,
     attend,
     init_linear,
-    pad_to_multiple,
     residual,
     run_blocks,
     window_partition,
@@ -226,7 +225,7 @@ class VisionTransformer(Backbone):
 
     def forward_features(self, images: Tensor) -> list[Tensor] | Tensor:
         """Maps by index; of a classifier, the normed tokens (B, prefix tokens + patches, dim)."""
-        return self.forward_patches(self.patch_embed(pad_to_multiple(images, self.size_divisor)))
+        return self.forward_patches(self.patch_embed(self.pad(images)))
 
     def forward_patches(self, x: Tensor) -> dict[int, Tensor] | Tensor:
         """What `forward_features` returns, from embedded patches (B, h, w, dim)."""
@@ -363,7 +362,7 @@ class VisionTransformer(Backbone):
     def _make_head(self) -> None:
         dim, pool, size = self.num_features, self.global_pool, self.representation_size
         # Averages are normed after pooling, as in timm; a class token before.
-        norm = self.norm if isinstance(self.norm, nn.LayerNorm) else self.fc_norm
+        norm = self.fc_norm if isinstance(self.norm, nn.Identity) else self.norm
         self.norm, self.fc_norm = (nn.Identity(), norm) if pool == "avg" else (norm, nn.Identity())
         width = 2 * dim if pool == "both" else dim
         if size:
