@@ -14,6 +14,7 @@ from .samples import ObjectList, Sample
 from .voc import upright_size
 
 FILES = ("data.yaml", "data.yml", "dataset.yaml")
+NOT_LABELS = ("classes.txt", "labels.txt", "notes.txt")  # which tools write beside them
 KEYS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
 
 
@@ -72,6 +73,8 @@ class YoloFolder:
                 unlabelled.append(image)
             samples.append(objects.sample(image, image_id))
         faults.images = len(images)
+        for file in self._without_image(split, images):
+            faults.add("label file without an image", faults.name(file))
         if images and len(unlabelled) == len(images):
             raise DataError(f"{self.root}: no image of {split} has labels; the first would be {_label_file(images[0])}")
         if unlabelled:
@@ -80,6 +83,14 @@ class YoloFolder:
                 f"is {faults.name(unlabelled[0])}"
             )
         return samples, {label: (label, name) for name, label in labels.items()}, faults
+
+    def _without_image(self, split: str, images: list[Path]) -> list[Path]:
+        """Label files in the folders of a split's labels that belong to no image; a list may leave images out."""
+        if not all(place.is_dir() for place in self.places[split]):
+            return []
+        expected = {_label_file(image) for image in images}
+        found = {file for folder in {file.parent for file in expected} for file in folder.glob("*.txt")}
+        return sorted(file for file in found - expected if file.name not in NOT_LABELS)
 
     def _place(self, split: str, entry: Any) -> Path:
         """Where a split is; the paths that tools write beside data.yaml are found as Ultralytics finds them."""
