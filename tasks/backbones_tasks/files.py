@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +12,56 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from backbones import weights
-from backbones.errors import WeightsError
+from backbones.errors import BackboneError, WeightsError
 
 _INDEX = "index.pt"  # in a sharded checkpoint: all but the shards, and the names of the files that hold these
 _SHARD = "__shard__"
 
 
+class WriteError(BackboneError, OSError):
+    """A file cannot be written: the disk is full, the folder is read-only or gone."""
+
+
 @contextmanager
 def whole(file: Path) -> Iterator[Path]:
-    """Where to write a file that is whole or not there, or what it was before, whenever the process is killed."""
+    """Where to write a file that is whole or not there, or what it was before, whenever the process is killed.
+
+    Raises:
+        WriteError: it cannot be written; what was there before is as it was
+    """
     unfinished = file.with_name(f".unfinished-{file.name}")
     try:
         yield unfinished
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
+        with unfinished.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        if file.is_dir():  # a checkpoint in shards; a file cannot take its place
+            shutil.rmtree(file)
+        os.replace(unfinished, file)
+    except BaseException as error:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not isinstance(error, WriteError):
+            raise WriteError(f"{file} cannot be written: {reason(error, file)}") from error
         raise
-    with unfinished.open("rb+") as stream:
-        os.fsync(stream.fileno())
-    if file.is_dir():  # a checkpoint in shards; a file cannot take its place
-        shutil.rmtree(file)
-    os.replace(unfinished, file)
+
+
+def reason(error: OSError, file: Path) -> str:
+    """Why a file cannot be written, in a few words."""
+    if isinstance(error, FileNotFoundError) and not file.parent.is_dir():
+        return f"the folder {file.parent} is gone"
+    return (error.strerror or str(error)).lower()
+
+
+def save(content: Any, file: Path) -> None:
+    """`torch.save`, which tells what hinders it as an OSError; by itself it says "unexpected pos" of a full disk."""
+    with file.open("wb") as stream:
+        try:
+            torch.save(content, stream)
+        except RuntimeError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or error from None
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -74,12 +104,12 @@ def save_shards(
     barrier()
     target = unfinished if folder.is_file() else folder
     with whole(target / f"{token}-{rank:05d}.pt") as file:
-        torch.save({"shards": shards}, file)
+        save({"shards": shards}, file)
     barrier()
     if rank == 0:
         files = sorted(path.name for path in target.glob(f"{token}-*.pt"))
         with whole(target / _INDEX) as file:
-            torch.save({"content": content, "files": files}, file)
+            save({"content": content, "files": files}, file)
         for path in target.iterdir():
             if path.name not in (_INDEX, *files):
                 path.unlink()

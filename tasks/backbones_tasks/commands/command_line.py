@@ -13,11 +13,13 @@ import torch
 from pytorch_lightning import Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from backbones.errors import InputError
+from backbones.errors import BackboneError, InputError
 
 from ..files import whole
 from ..options import explain
+from ..ranges import check_ranges
 from ..training.callbacks import (
     AtomicCheckpointIO,
     AveragedWeights,
@@ -28,15 +30,30 @@ from ..training.callbacks import (
     Unfreezing,
     checkpoints,
 )
+from ..training.finite import FiniteLoss
+from ..training.runs import Lock
 from ..training.sharding import FullySharded
 from ..training.task import Task
+from ..training.trial import try_single_image
 
 SHORTHANDS = {"--backbone": "--model.backbone", "--data": "--data.root"}
+FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 SECTIONS = "[--model.OPTION VALUE] [--data.OPTION VALUE] [--trainer.OPTION VALUE] [-c CONFIG]"
 
 
 class Parser(LightningArgumentParser):
     """Lightning's parser, whose help begins with what users set first: the options that are not Lightning's."""
+
+    def instantiate_classes(self, cfg: Any, **options: Any) -> Any:
+        try:
+            return super().instantiate_classes(cfg, **options)
+        except BackboneError:
+            raise
+        except FAILURES as error:
+            notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+            raise InputError(
+                f"the model and the data cannot be built of these options: {type(error).__name__}: {error}{notes}"
+            ) from error
 
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
         lightning = super().format_help(formatter)
@@ -118,6 +135,7 @@ class CommandLine(LightningCLI):
         self.claim_run = claim_run
         self.trained = trained
         self.run_folder: Path | None = None
+        self.lock: Lock | None = None
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__init__(
             task,
@@ -171,8 +189,14 @@ class CommandLine(LightningCLI):
             self.config = parser.parse_args(args)
         except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
             raise InputError(explain(str(error), parser)) from error
+        check_ranges(self.task.name, "", {"seed_everything": self.config.seed_everything})
 
     def before_instantiate_classes(self) -> None:
+        for section in ("model", "data", "trainer"):
+            check_ranges(self.task.name, section, self.config[section].as_dict())
+        trainer = self.config.trainer
+        if trainer.max_epochs == -1 and trainer.max_steps == -1 and self.claim_run:
+            raise InputError("trainer.max_epochs=-1 has no end, which the schedule needs: set max_epochs or max_steps")
         self.task.check_options(self.config.model)
 
     def instantiate_classes(self) -> None:
@@ -193,14 +217,16 @@ class CommandLine(LightningCLI):
             if self.config.trainer.sync_batchnorm and self.config.trainer.accelerator == "cpu":
                 raise InputError("trainer.sync_batchnorm works on GPUs alone")
             self.datamodule.setup("fit")  # faulty data are found now, and leave no run folder behind
+            try_single_image(self.model, self.datamodule)
             self.run_folder = self.claim_run(self.config.trainer.num_nodes)
+            self.lock = Lock(self.run_folder)
         run = self.run_folder
         callbacks = [] if self.config.trainer.enable_progress_bar is False else [Progress()]
         if run is None:
             options["logger"] = False
         elif not self.config.trainer.fast_dev_run:
             self.model.folder = run
-            callbacks += [EpochLog(run), PredictionPicture(run), *checkpoints(run, self.task.metric)]
+            callbacks += [FiniteLoss(), EpochLog(run), PredictionPicture(run), *checkpoints(run, self.task.metric)]
             if self.config.trainer.logger is None:
                 options["logger"] = TensorBoardLogger(run, name="", version="tensorboard")
             options["default_root_dir"] = str(run)
@@ -216,7 +242,12 @@ class CommandLine(LightningCLI):
             if str(self.config.trainer.precision).startswith("16-mixed"):
                 raise InputError("trainer.precision=16-mixed cannot be had in shards; use bf16-mixed or 32-true")
             options["strategy"] = FullySharded()
-        return super().instantiate_trainer(plugins=plugins, **options)
+        try:
+            return super().instantiate_trainer(plugins=plugins, **options)
+        except (MisconfigurationException, ImportError, *FAILURES) as error:
+            if self.lock is not None:
+                self.lock.release(undo=True)
+            raise InputError(f"trainer: {error}") from error
 
     def describe(self) -> str:
         """One line on what is trained on what."""

@@ -1,6 +1,8 @@
 """`backbones fit TASK`: train a model into a run folder, or go on with one."""
 
 import argparse
+import errno
+import math
 import re
 import shlex
 import subprocess
@@ -8,16 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pytorch_lightning import LightningDataModule, Trainer
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from backbones.errors import InputError
 
 from ..data.folders import IMAGE_FOLDERS
-from ..files import is_checkpoint
+from ..files import WriteError, is_checkpoint, reason
 from ..training.callbacks import (
     quiet,
     read_metrics,
 )
-from ..training.runs import is_run, new_run, newest_run, read_checkpoint, told_once
+from ..training.runs import is_run, new_run, newest_run, read_checkpoint, terminable, told_once
 from ..training.task import Task
 from ..training.tasks import find_task
 from .command_line import CommandLine, own_options, write_config
@@ -45,6 +48,13 @@ def _fit(task: type[Task], own: argparse.Namespace, argv: list[str]) -> int:
         return 0
     trained = None if checkpoint is None else read_checkpoint(checkpoint, task.name)["hyper_parameters"]
     cli = CommandLine("fit", task, argv, lambda nodes: run or new_run(task.name, own.out, nodes), trained)
+    try:
+        return _train(cli, own, checkpoint)
+    finally:
+        cli.lock.release()
+
+
+def _train(cli: CommandLine, own: argparse.Namespace, checkpoint: Path | None) -> int:
     run, trainer = cli.run_folder, cli.trainer
     if trainer.is_global_zero:
         write_config(cli, run / "config.yaml")
@@ -54,9 +64,14 @@ def _fit(task: type[Task], own: argparse.Namespace, argv: list[str]) -> int:
                 "starting anew: this run has no checkpoint yet" if checkpoint is None else f"going on from {checkpoint}"
             )
     try:
-        trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
-    except Exception:
+        with terminable():
+            trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+    except SIGTERMException:  # as Lightning raises it under SLURM
+        return 143
+    except Exception as error:
         _end_others(trainer)
+        if isinstance(error, OSError) and _of_run(error, run):  # from what Lightning writes itself
+            raise WriteError(f"{run} cannot be written: {reason(error, run / 'checkpoints')}") from error
         raise
     if trainer.is_global_zero and not trainer.fast_dev_run:
         report(run, cli.model, cli.datamodule)
@@ -86,18 +101,30 @@ def _shortened(names: list[str], most: int = 4) -> str:
 
 def report(run: Path, task: Task, data: LightningDataModule) -> None:
     """Say in plain words what came out, where it is, and what to type next."""
-    rows = [row for row in read_metrics(run / "metrics.csv") if row[task.metric]]
+    table = read_metrics(run / "metrics.csv")
+    rows = [row for row in table if row[task.metric] and math.isfinite(float(row[task.metric]))]
     if rows:
         best = max(rows, key=lambda row: float(row[task.metric]))
         print(f"\nbest {task.metric} on unseen images: {float(best[task.metric]):.3f} (epoch {int(best['epoch']) + 1})")
+    elif any(row[task.metric] for row in table):
+        print(
+            f"\nno {task.metric} in any epoch: the validation images have nothing to measure by; there is no best.ckpt"
+        )
     print(f"pictures: {run / 'predictions.png'} (truth and prediction), {run / 'curves.png'}")
     print(f"metrics, config, checkpoints: {run}")
     images = "DIR"
     if data.root:
         images = next((data.root / name for name in IMAGE_FOLDERS if (data.root / name).is_dir()), data.root)
-    checkpoint = "best.ckpt" if rows else "last.ckpt"  # nothing was measured if training ended within its first epoch
+    checkpoint = "best.ckpt" if rows else "last.ckpt"
     command = ["--ckpt", run / "checkpoints" / checkpoint, "--images", images, "--out", run / "labelled"]
     print(f"label your own images: backbones predict {task.name} {shlex.join(map(str, command))}")
+
+
+def _of_run(error: OSError, run: Path) -> bool:
+    """Whether it is about writing into the run folder."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+        return True
+    return error.filename is not None and Path(str(error.filename)).absolute().is_relative_to(run.absolute())
 
 
 def _end_others(trainer: Trainer) -> None:

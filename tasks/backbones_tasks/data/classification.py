@@ -54,6 +54,10 @@ class ImageFolderDataset(Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
+    def name(self, index: int) -> str:
+        """What a sample is called, for people."""
+        return str(self.items[index][0])
+
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         image, label = self._read(index)
@@ -94,6 +98,10 @@ class SingleShapes(Dataset):
 
     def __len__(self) -> int:
         return self.length
+
+    def name(self, index: int) -> str:
+        """What a sample is called, for people."""
+        return f"drawn shape {index}"
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         epoch, index = key if isinstance(key, tuple) else (0, key)

@@ -52,6 +52,10 @@ class DetectionDataset(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
+    def name(self, index: int) -> str:
+        """What a sample is called, for people."""
+        return str(self.samples[index].file)
+
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, Target]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         sample = self.samples[index]
@@ -85,6 +89,10 @@ class DetectionShapes(Dataset):
 
     def __len__(self) -> int:
         return self.length
+
+    def name(self, index: int) -> str:
+        """What a sample is called, for people."""
+        return f"drawn shapes {index}"
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, Target]:
         epoch, index = key if isinstance(key, tuple) else (0, key)

@@ -57,6 +57,10 @@ class FolderDataset(Dataset):
     def files(self) -> list[Path]:
         return [pair.image for pair in self.pairs]
 
+    def name(self, index: int) -> str:
+        """What a sample is called, for people."""
+        return str(self.pairs[index].image)
+
     def mask(self, index: int) -> np.ndarray:
         """The class indices (H, W) of a pair, as they are on disk."""
         pair = self.pairs[index]
@@ -93,6 +97,10 @@ class ShapesDataset(Dataset):
 
     def __len__(self) -> int:
         return self.length
+
+    def name(self, index: int) -> str:
+        """What a sample is called, for people."""
+        return f"drawn shapes {index}"
 
     def mask(self, index: int) -> np.ndarray:
         """The class indices (H, W) of a scene of the first epoch."""

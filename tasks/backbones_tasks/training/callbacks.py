@@ -17,7 +17,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor
 
-from ..files import is_sharded, read_checkpoint, whole
+from ..files import WriteError, is_sharded, read_checkpoint, save, whole
 from ..pictures.curves import save_curves
 from .sharding import FullySharded
 
@@ -32,9 +32,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.parent.parent.is_dir():  # else the run folder was deleted, and half of it would not be a run
+            path.parent.mkdir(exist_ok=True)
         with whole(path) as unfinished:
-            torch.save(checkpoint, unfinished)
+            save(checkpoint, unfinished)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True) -> dict:
         if is_sharded(Path(path)):
@@ -52,11 +53,20 @@ class SyncedNorms(TorchSyncBatchNorm):
         return model  # by itself, a process sees its own batches alone
 
 
+class BestCheckpoint(ModelCheckpoint):
+    """The best by a metric; what could not be measured is never the best."""
+
+    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
+        if current is None or not bool(torch.isfinite(current)):
+            return False
+        return super().check_monitor_top_k(trainer, current)
+
+
 def checkpoints(run: Path, metric: str) -> list[ModelCheckpoint]:
     """Keep the best by a metric and the last; the last is written second, and so knows of the best."""
     common = {"dirpath": run / "checkpoints", "save_on_train_epoch_end": True, "enable_version_counter": False}
     return [
-        ModelCheckpoint(filename="best", monitor=metric, mode="max", **common),
+        BestCheckpoint(filename="best", monitor=metric, mode="max", **common),
         ModelCheckpoint(filename="last", **common),
     ]
 
@@ -98,9 +108,10 @@ class EpochLog(Callback):
         _say(trainer, f"{epoch}{scores}  {row['seconds']:.1f} s")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
+        stopped = isinstance(exception, KeyboardInterrupt | SystemExit | WriteError)
+        if stopped and trainer.is_global_zero and self.file.parent.is_dir():
             run = shlex.quote(str(self.file.parent))
-            print(f"\nstopped; go on with: backbones fit {pl_module.name} --out {run} --ckpt_path last")
+            print(f"\nstopped; go on with: backbones fit {pl_module.name} --out {run} --ckpt_path last", flush=True)
 
 
 class PredictionPicture(Callback):

@@ -14,8 +14,6 @@ from torch.nn import functional as F
 from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from backbones.errors import InputError
-
 from ..data.classification import ClassificationData, evaluation_transform
 from ..data.reading import in_channels, to_unit
 from ..files import whole
@@ -76,12 +74,6 @@ class ClassificationTask(Task):
             self.mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=classes)
         self.confusion = MulticlassConfusionMatrix(classes, validate_args=False)
         self.among_five = SumMetric()
-
-    @classmethod
-    def check_options(cls, options: Any) -> None:
-        super().check_options(options)
-        if not 0 <= options.label_smoothing < 1:
-            raise InputError(f"model.label_smoothing={options.label_smoothing} must be at least 0 and under 1")
 
     @classmethod
     def map_indices(cls, options: Mapping[str, Any], strides: Mapping[int, int]) -> list[int]:

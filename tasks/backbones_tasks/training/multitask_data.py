@@ -2,11 +2,12 @@
 
 import argparse
 import inspect
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from typing import Any, Literal
 
 import jsonargparse
@@ -18,6 +19,7 @@ from backbones.errors import InputError
 from ..data.loading import DataModule
 from ..models.multitask import check_names, find_kind
 from ..options import explain
+from ..ranges import check_ranges
 from .classification import ClassificationTask
 from .detection import DetectionTask
 from .segmentation import SegmentationTask
@@ -78,7 +80,7 @@ def _read_head(name: str, options: Any, data: Any) -> Head:
     options = dict(options)
     kind, weight, out_indices = options.pop("task", None), options.pop("weight", 1.0), options.pop("out_indices", None)
     find_kind(name, kind)
-    if not isinstance(weight, (int, float)) or weight <= 0:
+    if not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
         raise InputError(f"model.heads.{name}.weight={weight!r} must be over 0")
     task = _TASKS[kind]
     common = {*inspect.signature(Task.__init__).parameters, "backbone", *task.linked, *task.alone}
@@ -88,6 +90,8 @@ def _read_head(name: str, options: Any, data: Any) -> Head:
     task.link(parser)
     with _telling(name, parser):
         parsed = parser.parse_object({"model": options, "data": dict(data)})
+    for section, values in (("model", parsed.model), ("data", parsed.data)):
+        check_ranges(task.name, section, values.as_dict(), f"{section}.heads.{name}")
     return Head(name, task, float(weight), out_indices, parsed.model.as_dict(), parser, parsed)
 
 
@@ -206,6 +210,17 @@ class HeadBatches:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         batches = {name: self._endless(name) for name in self.loaders}
         return ({name: next(batches[name]) for name in names} for names in self.steps)
+
+    def batch_names(self, number: int) -> list[str]:
+        """What the images of a step of this epoch are called, for people."""
+        names = []
+        for head in self.steps[number]:
+            loader, before = self.loaders[head], sum(head in heads for heads in self.steps[:number])
+            round_, place = divmod(before, len(loader))
+            _set_epoch(loader, self.epoch * self.rounds[head] + round_)
+            keys = next(islice(iter(loader.batch_sampler), place, None))
+            names += [f"{head}: {loader.dataset.name(index)}" for _, index in keys]
+        return names
 
     def _endless(self, name: str) -> Iterator[Any]:
         """Batches of one loader, over and over, each time those of another of its epochs."""

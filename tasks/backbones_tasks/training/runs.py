@@ -1,10 +1,13 @@
 """Run folders: where a training writes, and where a later command finds it."""
 
+import errno
 import os
 import re
+import signal
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +46,86 @@ def new_run(task: str, out: str | None, nodes: int = 1) -> Path:
             raise InputError(
                 f"{folder} already holds a run; add --ckpt_path last to go on with it, or choose another --out"
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        with told_as_written(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     os.environ[HANDED_DOWN] = str(folder.resolve())
     return folder
+
+
+class Lock:
+    """A run folder belongs to one training at a time, until its process ends, however it does.
+
+    Of all the processes of a training, the first one holds it. A lock by `lockf` is not handed down to the processes
+    that load data, which may outlive a killed training by seconds.
+
+    Raises:
+        InputError: another training holds the folder
+        WriteError: the folder cannot be written to
+    """
+
+    def __init__(self, folder: Path):
+        self.file = folder / ".lock"
+        self.stream = None
+        if not _first():
+            return
+        with told_as_written(self.file):
+            self.stream = self.file.open("a+")
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        try:
+            fcntl.lockf(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise InputError(
+                    f"{folder} is being trained in by another process; wait, or choose another --out"
+                ) from None
+            # a file system without locks
+
+    def release(self, undo: bool = False) -> None:
+        """Let go of the folder; to undo also removes what has been made of it so far."""
+        if self.stream is None:
+            return
+        if undo:
+            self.file.unlink(missing_ok=True)
+            with suppress(OSError):  # what holds something stays
+                self.file.parent.rmdir()
+                self.file.parent.parent.rmdir()
+        self.stream.close()
+        self.stream = None
+
+
+@contextmanager
+def told_as_written(path: Path) -> Iterator[None]:
+    """Within, an OSError is told as one of writing this file or folder."""
+    try:
+        yield
+    except OSError as error:
+        raise files.WriteError(f"{path} cannot be written: {files.reason(error, path)}") from error
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Within, SIGTERM raises SystemExit(143), so that callbacks can say how to go on; a second one changes nothing."""
+    handler = signal.getsignal(signal.SIGTERM)
+    # SLURM's requeueing has a use of its own for the signal
+    ours = handler == signal.SIG_DFL and threading.current_thread() is threading.main_thread()
+    if not ours or SLURMEnvironment.detect():
+        yield
+        return
+    ended = []
+
+    def end(number: int, frame: Any) -> None:
+        if not ended:
+            ended.append(number)
+            raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager
@@ -104,6 +184,8 @@ def next_folder(task: str) -> Path:
             folder.mkdir(parents=True)
         except FileExistsError:  # another training started at the same moment
             number += 1
+        except OSError as error:
+            raise files.WriteError(f"{folder} cannot be made: {files.reason(error, folder)}") from error
         else:
             return folder
 

@@ -252,7 +252,7 @@ class SegmentationTask(Task):
         union = matrix.sum(0) + matrix.sum(1) - hits
         iou = hits / union  # nan for a class that is neither there nor predicted; it does not count
         iou = iou[-len(self.class_names) :]  # of a single class, not of the rest
-        scores = {"mIoU": iou.nanmean().nan_to_num(), "pixel_acc": hits.sum() / matrix.sum().clamp(min=1)}
+        scores = {"mIoU": iou.nanmean(), "pixel_acc": hits.sum() / matrix.sum()}  # nan where no pixel counts
         return scores | {f"IoU_{name}": value for name, value in zip(self.class_names, iou, strict=True)}
 
 

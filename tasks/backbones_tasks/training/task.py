@@ -27,6 +27,7 @@ from ..data.images import UNREADABLE, UnreadableImage
 from ..data.loading import mix
 from ..data.reading import Reading
 from ..options import nearest
+from ..ranges import check_ranges
 
 
 class Task(LightningModule):
@@ -145,14 +146,13 @@ class Task(LightningModule):
             raise InputError(
                 f"model.optimizer={options.optimizer!r} is unknown; {nearest(options.optimizer, optimizers)}"
             )
-        make_schedule(vars(options), SGD([torch.zeros(1)], lr=1.0), steps=10, epochs=2)
-        if not 0 <= options.ema < 1:
-            raise InputError(f"model.ema={options.ema} must be at least 0 and under 1")
-        if options.layer_decay is not None and not 0 < options.layer_decay <= 1:
-            raise InputError(f"model.layer_decay={options.layer_decay} must be over 0 and at most 1")
-        for name in ("freeze_epochs", "unfreeze_every"):
-            if options[name] < 0:
-                raise InputError(f"model.{name}={options[name]} must be at least 0")
+        own = options.optimizer_options or {}
+        parameters = nn.Linear(1, 1)
+        try:
+            create_optimizer_v2(parameters, options.optimizer, options.lr, options.weight_decay, **own)
+        except (TypeError, ValueError, AssertionError, LookupError) as error:
+            raise InputError(f"model.optimizer={options.optimizer!r}, optimizer_options={own}: {error}") from error
+        make_schedule(vars(options), SGD(parameters.parameters(), lr=1.0), steps=10, epochs=2)
 
     @classmethod
     def check_arguments(cls, arguments: Sequence[str]) -> None:
@@ -240,6 +240,7 @@ class Task(LightningModule):
             published = any(built.get(name) for name in weights)
             own = published and self.hparams["backbone_lr"] == 1
             options["layer_decay"] = inner.spec.layer_decay if own else 1.0
+        check_ranges(self.name, "model", {**self.hparams, **options})
         built = {k: v for k, v in built.items() if k not in weights}
         built["pretrained_cfg"] = json_values(inner.pretrained_cfg)  # images are normalised as those weights want it
         self.save_hyperparameters({"backbone": {**built, "name": inner.canonical_name}, **options}, logger=False)
@@ -256,11 +257,11 @@ class Task(LightningModule):
             self.log(name, value, prog_bar=name == self.metric, sync_dist=True)
 
     def is_best(self, score: float) -> bool:
-        """Whether an epoch of this score is the best yet; measuring a checkpoint always is."""
+        """Whether an epoch of this score is the best yet; measuring a checkpoint always is, and NaN never."""
         if self.trainer.state.fn != TrainerFn.FITTING:
             return True
         best = self.trainer.checkpoint_callback.best_model_score
-        return best is None or score > best
+        return math.isfinite(score) and (best is None or score > best)
 
     # Lightning
 
