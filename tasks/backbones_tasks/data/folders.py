@@ -355,7 +355,8 @@ def turn_of(pair: Pair) -> Image.Transpose | None:
 def read_pair_mask(pair: Pair, classes: Classes) -> np.ndarray:
     """The values (H, W) of a pair's mask, upright as its image is."""
     values = classes.read(pair.mask)
-    turn = turn_of(pair) or EXIF_TURNS.get(orientation(pair.mask))
+    own = EXIF_TURNS.get(orientation(pair.mask))
+    turn = turn_of(pair) if own is None else own
     return values if turn is None else turned(values, turn)
 
 

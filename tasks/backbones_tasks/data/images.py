@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 import numpy as np
@@ -255,6 +256,17 @@ def each_in_threads(function: Callable[[T], R], items: Sequence[T], what: str) -
         return list(tqdm(pool.map(function, items), what, len(items), delay=3, leave=False, disable=None))
 
 
+def find_rasterio(what: str) -> ModuleType:
+    """rasterio, which does not warn of images that lie nowhere on Earth; MissingDependency says `what` needs it."""
+    require(what, "large", "rasterio")
+    import rasterio
+    import rasterio.windows
+
+    # once and for all: what is set for a while is not for one thread alone
+    warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
+    return rasterio
+
+
 def _check_pages(file: Image.Image) -> None:
     """Refuse what holds several images, of which one would be taken; overviews and a phone's second view are none."""
     pages = getattr(file, "n_frames", 1)
@@ -307,15 +319,11 @@ def _decode_raster(path: str | Path) -> Stored:
 def _open_raster(path: str | Path) -> Iterator:
     """A file opened by rasterio; what goes wrong, its absence included, is an `UnreadableImage`."""
     try:
-        require("an image of more than three bands, or of several bands of more than 8 bits,", "large", "rasterio")
+        rasterio = find_rasterio("an image of more than three bands, or of several bands of more than 8 bits,")
     except MissingDependency as error:
         raise UnreadableImage(str(error)) from error
-    import rasterio
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-        try:
-            with rasterio.open(path) as dataset:
-                yield dataset
-        except rasterio.errors.RasterioError as error:
-            raise UnreadableImage(str(error)) from error
+    try:
+        with rasterio.open(path) as dataset:
+            yield dataset
+    except rasterio.errors.RasterioError as error:
+        raise UnreadableImage(str(error)) from error

@@ -1,7 +1,6 @@
 """Images too large for memory: read and written in bands of rows, by rasterio."""
 
 import contextlib
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,8 @@ import numpy as np
 from PIL import Image
 
 from ..files import whole
-from ..options import require
 from ..pictures.colours import Colour, overlay
-from .images import Stored, UnreadableImage, orientation
+from .images import Stored, UnreadableImage, find_rasterio, orientation
 from .reading import Reading
 
 CACHE = 64 * 2**20  # bytes that GDAL may keep of files; by default it takes a share of the machine's memory
@@ -32,16 +30,10 @@ class Raster:
 
     def __init__(self, file: Path, reading: Reading = Reading()):  # noqa: B008  (never changed)
         self.file, self.reading = file, reading
-        require("an image of this size is read in windows, which", "large", "rasterio")
-        import rasterio
-        import rasterio.windows
-
-        self._rasterio = rasterio
+        self._rasterio = find_rasterio("an image of this size is read in windows, which")
 
     def __enter__(self) -> "Raster":
         with contextlib.ExitStack() as stack:
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore", self._rasterio.errors.NotGeoreferencedWarning)
             stack.enter_context(self._rasterio.Env(GDAL_CACHEMAX=CACHE))
             with self._reading():
                 self.dataset = stack.enter_context(self._rasterio.open(self.file))
