@@ -3,8 +3,8 @@
 import inspect
 import os
 import re
-import sys
-from contextlib import redirect_stdout
+import time
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from importlib.metadata import Distribution, EntryPoint, entry_points
@@ -14,6 +14,7 @@ import pluggy
 
 from . import hookspecs
 from .errors import IncompatiblePlugin, PluginError, UnknownBackbone
+from .guard import guarded
 from .specs import BackboneInfo, BackboneSpec, is_name
 
 GROUP = "backbones"
@@ -24,6 +25,9 @@ LOCAL = "local"  # namespace of what is registered by hand
 
 # A plugin that calls sys.exit() must not end the program either.
 Failure = (Exception, SystemExit)
+
+# A name that no catalogue has: who finds it answers anything.
+_NOBODYS = "no_backbone_has_this_name_0"
 
 
 @dataclass(kw_only=True, eq=False)
@@ -36,6 +40,8 @@ class Plugin:
     module: str = ""
     status: str = "ok"
     errors: list[BaseException] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what is worth knowing and no error
+    seconds: float = 0.0  # that reading it took
     specs: dict[str, BackboneSpec] = field(default_factory=dict)
     names: dict[str, BackboneSpec] = field(default_factory=dict)  # aliases included
     hooks: Any = None  # pluggy's callers, once loaded
@@ -65,7 +71,7 @@ class Plugin:
 
     def find(self, name: str, qualified: bool) -> BackboneSpec | None:
         """What the plugin's `find_backbone` returns for a name that it need not list."""
-        if self.hooks is None:
+        if self.hooks is None or (not qualified and self.finds_anything):
             return None
         try:
             answers = self.hooks.find_backbone(name=name, qualified=qualified)
@@ -77,6 +83,20 @@ class Plugin:
             self.fail(error)
             return None
         return answers[0] if answers else None
+
+    @cached_property
+    def finds_anything(self) -> bool:
+        """Whether `find_backbone` answers names that are nobody's; its answers count under its own namespace alone."""
+        if self.first_party or self.hooks is None:
+            return False
+        with suppress(Exception):
+            if self.hooks.find_backbone(name=_NOBODYS, qualified=False):
+                self.notes.append(
+                    f"its find_backbone answers any name, so that it is asked for {self.namespace}/NAME alone; return "
+                    "None for what is not in the catalogue"
+                )
+                return True
+        return False
 
     def catalogue(self) -> list[str]:
         """Bare names that the plugin finds when asked, beside those that it lists."""
@@ -113,17 +133,28 @@ def read_plugins() -> list[Plugin]:
         reason = _blocked(plugin)
         if reason:
             plugin.status = "blocked"
-            plugin.errors.append(PluginError(f"{plugin} is not loaded: {reason}"))
+            plugin.notes.append(f"not loaded: {reason}")
         else:
-            try:
-                _check_namespace(plugin, plugins)
-                with redirect_stdout(sys.stderr):  # what a plugin prints must not end up in `list --json`
-                    _load(plugin, entry_point)
-            except Failure as error:
-                plugin.specs, plugin.names = {}, {}
-                plugin.fail(error)
+            _read(plugin, entry_point, plugins)
         plugins.append(plugin)
     return plugins
+
+
+def _read(plugin: Plugin, entry_point: EntryPoint, others: list[Plugin]) -> None:
+    """Load a plugin and take its specs; what goes wrong is kept with it."""
+    began = time.perf_counter()
+    changed: list[str] = []
+    try:
+        _check_namespace(plugin, others)
+        with guarded() as changed:
+            _load(plugin, entry_point)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a plugin's own may be of any kind
+        plugin.fail(error)
+    plugin.seconds = time.perf_counter() - began
+    if changed:
+        plugin.notes.append(f"importing it changed {' and '.join(changed)} for the whole program; that was put back")
 
 
 def _entry_points() -> list[tuple[EntryPoint, str, str]]:
@@ -158,6 +189,11 @@ def _check_namespace(plugin: Plugin, others: list[Plugin]) -> None:
 
 def _load(plugin: Plugin, entry_point: EntryPoint) -> None:
     module = entry_point.load()
+    if getattr(module, "__file__", None) is None and hasattr(module, "__path__"):  # a namespace package
+        raise PluginError(
+            f"{plugin}: {', '.join(module.__path__)} was imported instead of the module {plugin.module!r} that is "
+            "installed, because Python looks there first; start it from another folder, or rename that one"
+        )
     api = getattr(module, "BACKBONES_API", None)
     if api is None:
         raise IncompatiblePlugin(f"{plugin} states no API version; write `BACKBONES_API = 1` in {plugin.module}")
@@ -180,13 +216,25 @@ def _load(plugin: Plugin, entry_point: EntryPoint) -> None:
             f"{plugin}: {plugin.module} has no hook register_backbones that returns specs; "
             "define register_backbones(), and mark it with @backbones.hookimpl so that a misspelt name is reported"
         )
-    for spec in answers[0]:
-        plugin.require_spec(spec, "register_backbones")
-        taken = plugin.names.keys() & {spec.name, *spec.aliases}
-        if taken:
-            raise PluginError(f"{plugin}: two of its specs have the name {min(taken)!r}; rename one")
-        plugin.add(spec)
     plugin.hooks = manager.hook
+    specs = iter(answers[0])
+    while True:
+        try:
+            spec = next(specs)
+        except StopIteration:
+            return
+        except Failure as error:  # of a generator; what it has given is right all the same
+            plugin.fail(error)
+            return
+        try:
+            plugin.require_spec(spec, "register_backbones")
+            taken = plugin.names.keys() & {spec.name, *spec.aliases}
+            if taken:
+                raise PluginError(f"{plugin}: two of its specs have the name {min(taken)!r}; rename one")
+        except PluginError as error:
+            plugin.fail(error)
+        else:
+            plugin.add(spec)
 
 
 def owner(entry_point: EntryPoint) -> tuple[str, str]:

@@ -35,6 +35,8 @@ class PluginInfo:
         status: `ok`; `blocked` by the environment; `incompatible`, see `BACKBONES_API`; `broken`, see `error`.
         backbones: how many it lists or has in its catalogue.
         error, traceback: what went wrong; empty if nothing did.
+        note: what is worth knowing and no error, such as why it is blocked.
+        seconds: how long it took to read.
     """
 
     namespace: str
@@ -45,6 +47,8 @@ class PluginInfo:
     backbones: int
     error: str
     traceback: str
+    note: str = ""
+    seconds: float = 0.0
 
 
 # --- questions ----------------------------------------------------------------------------------------------
@@ -215,6 +219,9 @@ def _unknown(name: str) -> UnknownBackbone:
         # What a loaded plugin's `find_backbone` raised is not seen again by another process: say it here.
         owners = ", ".join(f"{p} is {p.status}" + (f" ({describe(p.errors[-1])})" if p.hooks else "") for p in failed)
         message += f" A plugin that does not work might have it: {owners}; run `backbones plugins --errors`."
+    blocked = [p for p in plugins if p.status == "blocked" and namespace in ("", p.namespace)]
+    if blocked:
+        message += f" Not asked: {', '.join(f'{p} is blocked ({p.notes[0]})' for p in blocked)}."
     return UnknownBackbone(message + " `backbones list` shows every name.")
 
 
@@ -235,4 +242,6 @@ def _plugin_info(plugin: Plugin) -> PluginInfo:
         backbones=count,
         error="\n".join(map(describe, errors)),
         traceback="\n".join("".join(traceback.format_exception(error)) for error in errors),
+        note="; ".join(plugin.notes),
+        seconds=round(plugin.seconds, 3),
     )

@@ -7,6 +7,7 @@ from backbones.registry import backbone_info, list_backbones, plugins
 from backbones.specs import BackboneInfo
 
 from .output import print_hint, print_json, print_markdown, print_table
+from .plugins import SLOW
 
 FAMILY_HEADER = ("family", "variants", "params (M)", "GMACs", "strides", "channels", "options", "weights", "licence")
 
@@ -32,6 +33,9 @@ def run(args: argparse.Namespace) -> int:
     elif infos:
         header = ("name", "family", "params (M)", "channels", "strides", "weights", "plugin")
         print_table(header, [_row(name, info) for name, info in infos.items()])
+    slow = [p for p in plugins() if p.seconds > SLOW]
+    if slow:
+        print_hint(f"slow to read: {', '.join(f'{p.namespace} ({p.distribution}) {p.seconds:.1f} s' for p in slow)}")
     failed = [p for p in plugins() if p.status not in ("ok", "blocked")]
     if failed:
         owners = ", ".join(f"{p.namespace} ({p.distribution}) is {p.status}" for p in failed)

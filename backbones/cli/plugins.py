@@ -7,9 +7,13 @@ from backbones.registry import plugins
 
 from .output import print_hint, print_json, print_table
 
+#: Seconds from which on the time that reading a plugin took is told without being asked for.
+SLOW = 1.0
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--errors", action="store_true", help="with the traceback of each plugin that does not work")
+    parser.add_argument("--timing", action="store_true", help="with the seconds that reading each one took")
     parser.add_argument("--json", action="store_true", help="print JSON, tracebacks included")
 
 
@@ -18,12 +22,17 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json([asdict(plugin) for plugin in found])
         return 0
-    header = ("plugin", "distribution", "version", "backbones", "status")
-    print_table(header, [(p.namespace, p.distribution, p.version, p.backbones, p.status) for p in found])
+    header = ("plugin", "distribution", "version", "backbones", "status", *(("seconds",) if args.timing else ()))
+    rows = [(p.namespace, p.distribution, p.version, p.backbones, p.status, f"{p.seconds:.3f}") for p in found]
+    print_table(header, [row[: len(header)] for row in rows])
     faulty = [p for p in found if p.error]
     for plugin in faulty:
         print(f"\n{plugin.namespace} ({plugin.distribution} {plugin.version}) is {plugin.status}:")
         print(plugin.traceback.rstrip() if args.errors else plugin.error)
+    for plugin in found:
+        slow = f"reading it took {plugin.seconds:.1f} s" if plugin.seconds > SLOW else ""
+        if told := "; ".join(filter(None, (plugin.note, slow))):
+            print(f"\n{plugin.namespace} ({plugin.distribution} {plugin.version}): {told}")
     if faulty and not args.errors:
         print_hint("\nrun `backbones plugins --errors` for the tracebacks")
     return 0
