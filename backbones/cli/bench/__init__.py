@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["float32"],
         choices=["float32", "bfloat16", "float16"],
-        help="each has columns of its own; for_inference casts weights, the others run under autocast",
+        help='each has columns of its own; for_inference casts weights, as does timm\'s "cast"; all others run under '
+        "autocast",
     )
     parser.add_argument(
         "--device",

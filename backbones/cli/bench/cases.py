@@ -24,8 +24,9 @@ class Case:
         size: height and width of the images.
         batch: images at a time.
         train: forward and backward instead of forward.
-        dtype: of the computation: of weights with `for_inference`, and by autocast without.
+        dtype: of weights with `for_inference` and `cast`, and else by autocast.
         device: where it runs.
+        cast: weights and images to the dtype.
         channels_last: lay weights and images out so.
         for_inference: what `backbones.for_inference` makes of the model.
         compile: by `torch.compile`, for this one size.
@@ -43,6 +44,7 @@ class Case:
     train: bool = False
     dtype: str = "float32"
     device: str = "cpu"
+    cast: bool = False
     channels_last: bool = False
     for_inference: bool = False
     compile: bool = False
@@ -53,6 +55,7 @@ class Case:
         """How tables call it, beside its name and dtype."""
         parts = (
             (self.library == "timm", "timm"),
+            (self.cast, "cast"),
             (self.library != "timm" and not self.for_inference, "plain"),
             (self.for_inference, "for_inference"),
             (self.channels_last and not self.compile, "channels-last"),
@@ -110,10 +113,13 @@ def columns(name: str, load: Case, versus: tuple[str, ...], dtypes: tuple[str, .
     for dtype in dtypes:
         if timms is not None:
             theirs = replace(timms, dtype=dtype)
-            laid_out = replace(theirs, channels_last=True)
-            cases += [theirs, laid_out]
+            best = replace(theirs, channels_last=True)
+            cases += [theirs, best]
+            if dtype != "float32" and not load.train:  # quicker than autocast, which casts weights at each call
+                best = replace(best, cast=True)
+                cases.append(best)
             if "compile" in versus:
-                cases.append(replace(laid_out, compile=True))
+                cases.append(replace(best, compile=True))
             if dtype == "float32" and not load.train:
                 cases += [replace(theirs, runtime=runtime) for runtime in RUNTIMES if runtime in versus]
         plain = replace(ours, dtype=dtype)

@@ -133,10 +133,12 @@ def _runner(case: Case, model: "nn.Module", images: "Tensor") -> Callable[[], ob
     if case.for_inference:
         model = case.faster(model)
         images = images if dtype == torch.float32 else images.to(dtype)
-    elif case.channels_last:
-        model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
+    else:
+        layout = torch.channels_last if case.channels_last else torch.preserve_format
+        kind = dtype if case.cast else torch.float32
+        model, images = model.to(kind, memory_format=layout), images.to(kind, memory_format=layout)
     call = torch.compile(model, dynamic=False) if case.compile and not case.for_inference else model
-    mixed = case.dtype != "float32" and not case.for_inference
+    mixed = case.dtype != "float32" and not (case.for_inference or case.cast)
     autocast = torch.autocast(torch.device(case.device).type, dtype, enabled=mixed)
 
     def forward() -> None:
