@@ -6,6 +6,8 @@ Importing this package imports neither torch nor any plugin; each name below is 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .locks import importing
+
 if TYPE_CHECKING:
     from .backbone import Backbone, FeatureInfo
     from .errors import (
@@ -83,7 +85,8 @@ if not TYPE_CHECKING:  # to type checkers, there is what is imported above, and 
             return version("dense-backbones")
         if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+        with importing:
+            value = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
         return value
 
 

@@ -5,6 +5,7 @@ import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,6 +36,9 @@ from .variants import siblings
 from .weights import KeyLayout, LoadReport, read_checkpoint
 
 __all__ = ["Backbone", "FeatureInfo"]
+
+#: Beyond any camera, and beyond any list of names; what is larger is a mistake that would take all memory.
+MOST_CHANNELS, MOST_CLASSES = 10_000, 10_000_000
 
 OutIndices = int | Sequence[int] | None
 
@@ -140,10 +144,15 @@ class Backbone(Layer, metaclass=_Finished):
             )
         if not 0.0 <= drop_path_rate < 1.0:
             raise InputError(f"{name}: drop_path_rate={drop_path_rate} must be at least 0 and under 1")
-        if in_chans < 1:
-            raise InputError(f"{name}: in_chans={in_chans} must be at least 1")
-        if num_classes < 0:
-            raise InputError(f"{name}: num_classes={num_classes} must be at least 0")
+        for option, value, least, most in (
+            ("in_chans", in_chans, 1, MOST_CHANNELS),
+            ("num_classes", num_classes, 0, MOST_CLASSES),
+        ):
+            if not isinstance(value, Integral) or isinstance(value, bool):
+                raise InputError(f"{name}: {option}={value!r} must be an integer")
+            if not least <= value <= most:
+                bound = f"at least {least}" if value < least else f"at most {most:,}"
+                raise InputError(f"{name}: {option}={value} must be {bound}")
         if not features_only and out_indices is not None:
             raise InputError(
                 f"{name}: out_indices chooses feature maps, and features_only=False builds a classifier; "

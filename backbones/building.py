@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .discovery import Failure, Plugin, describe
 from .errors import InputError, MissingDependency, PluginError
+from .locks import importing
 from .plain import json_values
 from .specs import BackboneSpec
 
@@ -36,14 +37,15 @@ _COMMON = {
 def build(plugin: Plugin, spec: BackboneSpec, options: Mapping[str, Any]) -> "Backbone":
     """The model of a spec; errors are those of `build_backbone`."""
     _require_dependencies(plugin, spec)
-    make = _import_entry(plugin, spec)
     options = dict(options)
     pretrained = options.pop("pretrained", False)
     told = options.pop("pretrained_cfg", None) or {}
     if not isinstance(told, Mapping):
         raise InputError(f"pretrained_cfg={told!r}: give a dict of what the model's is to say, such as mean and std")
     recorded = json_values(options)  # before a constructor has used up an iterator
-    model = _construct(plugin, spec, make, options)
+    with importing:
+        make = _import_entry(plugin, spec)
+        model = _construct(plugin, spec, make, options)
     _check_model(plugin, spec, model, options)
     model.spec = plugin.info(spec)
     model.canonical_name = model.spec.canonical_name

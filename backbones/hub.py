@@ -1,19 +1,25 @@
 """Backbones out of folders and from the Hugging Face Hub, as `saving` wrote them."""
 
 import json
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from safetensors import safe_open
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .errors import InputError, MissingDependency, UnknownBackbone, WeightsError
-from .registry import build_backbone
+from .locks import importing
+from .registry import backbone_info, build_backbone
 from .saving import CONFIG, FORMAT, LIBRARY, WEIGHTS, push_to_hub, save_pretrained
 from .weights import load_weights
 
@@ -24,6 +30,8 @@ __all__ = ["from_pretrained", "push_to_hub", "save_pretrained"]
 
 _DISTRIBUTION = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _EXPECTED = f"expected a {CONFIG} that save_pretrained wrote"
+# Beyond any width, depth, side or number of classes; and parameters that harm nobody.
+_MOST, _SMALL = 10_000_000, 50_000_000
 #: What `backbone_config` has at least.
 BACKBONE_FIELDS = {"backbone": str, "options": dict, "distribution": str, "distribution_version": str}
 
@@ -58,16 +66,77 @@ def from_pretrained(
     require_fields(config, BACKBONE_FIELDS, source)
     saved = config["options"]
     with explained(config, source):
+        _require_own_options(config, source)
         told = {"pretrained_cfg": config.get("pretrained_cfg")}
-        model = build_backbone(config["backbone"], **(saved | told | options))
+        wanted = saved | told | options
+        require_size(weights, saved, lambda: build_backbone(config["backbone"], **wanted), source)
+        model = build_backbone(config["backbone"], **wanted)
     report = load_weights(model, weights)
     changed = [k for k, v in options.items() if k not in saved or as_saved(v) != saved[k]]
-    if not changed and (report.missing or report.mismatched or report.unexpected):
+    if not changed and (report.missing or report.mismatched or report.unexpected or report.resized):
         raise WeightsError(f"{source}: {WEIGHTS} does not hold the weights of the {CONFIG} beside it.\n{report}")
     return model
 
 
+def _require_own_options(config: Mapping[str, Any], source: str | os.PathLike[str]) -> None:
+    """Raise WeightsError for options that say which model it is, and what it reads: the backbone's name does that."""
+    info = backbone_info(config["backbone"])
+    for name, value in info.defaults.items():
+        given = config["options"].get(name, value)
+        if isinstance(value, str) and name not in info.options and given != value:
+            raise WeightsError(f"{source}: {name}={given!r} in {CONFIG} is not that of {config['backbone']!r}")
+
+
 # What saved models of every kind share
+
+
+def require_size(weights: Path, options: Any, build: Callable[[], object], source: str | os.PathLike[str]) -> None:
+    """Raise WeightsError where a configuration describes a model far beyond its weights, before memory is taken.
+
+    Args:
+        weights: the .safetensors file beside the configuration.
+        options: what the configuration says.
+        build: builds the model.
+        source: for the message.
+    """
+    for number in _numbers_in(options):
+        if not -_MOST <= number <= _MOST:  # not NaN either
+            raise WeightsError(f"{source}: {number} in {CONFIG} is no size that a model can have")
+    try:
+        with safe_open(weights, "pt") as file:
+            held = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except Exception:  # what is wrong with it is said where it is read
+        return
+    allowed, counted = 10 * held + _SMALL, 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal counted
+        counted += parameter.numel()
+        if counted > allowed:
+            raise WeightsError(
+                f"{source}: its {CONFIG} describes a model of over {counted:,} parameters, and its weights are {held:,}"
+            )
+
+    with importing, torch.device("meta"):  # no other thread builds meanwhile
+        handle = register_module_parameter_registration_hook(count)
+        try:
+            build()
+        except WeightsError:
+            raise
+        except Exception:  # some architectures cannot be built so; others are wrong, as building them for real will say
+            pass
+        finally:
+            handle.remove()
+
+
+def _numbers_in(value: Any) -> Iterator[float]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _numbers_in(each)
+    elif isinstance(value, (int, float)):
+        yield value
 
 
 def read_folder(

@@ -24,7 +24,8 @@ _AROUND = re.compile(
     r"^(?:\w+_)?(?:neck|decoder\w*|decode_head|projector|predictor|proj_head|fpn|rpn\w*|roi_heads?|bbox_head|"
     r"mask_head|criterion|loss\w*|dino_head|ibot_head|logit_scale)(?=[._]|$)"
 )
-_CLASSIFIER = re.compile(r"^(?:heads?|classifier|fc|fc_norm|pre_logits)\.")
+_CLASSIFIER = re.compile(r"^(?:heads?|classifier|fc|norm|fc_norm|pre_logits)\.")
+_STAGE = re.compile(r"^stages\.(\d+)\.")
 _BUFFERS = re.compile(r"\.running_(?:mean|var)$")
 
 # What holds for every architecture: pattern of our names, what it is, what takes it.
@@ -71,6 +72,7 @@ class Misfits:
         extra = {name: shape for name, shape in report.unexpected.items() if name in found.state}
         extra = {name: shape for name, shape in extra.items() if not _COMPUTED.search(name)}
         extra = {name: shape for name, shape in extra.items() if not _left_over(name, model)}
+        whole = set(own)
         if extra:
             whole = model.whole_names()
             # The norm behind the last map, of releases whose classifiers have it there.
@@ -90,13 +92,16 @@ class Misfits:
             mismatched={name: shapes for name, shapes in report.mismatched.items() if name not in optional},
             missing={name: shape for name, shape in missing.items() if name not in optional},
         )
-        misfits.why = [*_why(misfits, model, own, found.state, report.notes)]
+        misfits.why = [*_why(misfits, model, whole, found.state, report.notes)]
         return misfits
 
 
 def _left_over(name: str, model: "Backbone") -> bool:
     if model.features_only and _CLASSIFIER.search(name):
         return True
+    stage = _STAGE.match(name)
+    if stage and not hasattr(model, "spec"):  # whose whole cannot be built
+        return len(model.stages) <= int(stage[1]) < len(model.feature_info.info)
     return is_new(name, model.left_out) or _AROUND.search(name) is not None
 
 

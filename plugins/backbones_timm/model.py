@@ -28,6 +28,12 @@ from .sources import STRIDES, Source, sources
 
 PYRAMIDS = ("simple", "taps", "plain")
 
+# What reads files, fetches or calls back: timm's own options for weights, which `pretrained` replaces. By the kind of
+# their names, so that those of other versions are among them.
+_READS_FILES = re.compile(
+    r"pretrained|checkpoint_|checkpoint$|filter|(^|_)(cache|cfg|dir|files?|paths?|url|hub|overlay|weights)(_|$)"
+)
+
 _BASE_OPTIONS = set(inspect.signature(Backbone.__init__).parameters) - {"self"}
 
 
@@ -69,6 +75,11 @@ class TimmBackbone(Backbone):
             raise MissingDependency(
                 f"timm {timm.__version__}, which is installed, has no model {model_name!r}; timm "
                 f"{table.measured_with()} has it: run `pip install --upgrade timm`"
+            )
+        if refused := sorted(filter(_READS_FILES.search, options)):
+            raise InputError(
+                f"timm/{model_name} does not take {', '.join(refused)}, by which timm reads files; for weights pass "
+                "pretrained=PATH"
             )
         common = {key: options.pop(key) for key in _BASE_OPTIONS & options.keys()}
         features_only = common.get("features_only", True)

@@ -153,6 +153,10 @@ class TransformersBackbone(Backbone):
         # transformers gathers features by hooks that cannot be pickled, and puts them back by itself.
         return self.__dict__ | {"_modules": self._modules | {"body": _without_hooks(self.body)}}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _prepare(self.body)
+
     def _maps(self, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.body(x).feature_maps)
 
@@ -190,6 +194,9 @@ def _settings(source: str, config: PreTrainedConfig | Mapping[str, Any] | None) 
 
 
 def _settings_only(settings: Mapping[str, Any]) -> dict[str, Any]:
+    for name, value in settings.items():  # transformers would fetch such a kernel from the hub and run it
+        if "implementation" in name and any(mark in str(value) for mark in "/@|:"):
+            raise InputError(f"transformers' {name}={value!r} names code to be loaded; use 'sdpa' or 'eager'")
     return {name: value for name, value in settings.items() if name not in _NOT_SETTINGS}
 
 
@@ -244,6 +251,17 @@ def _without_hooks(module: nn.Module) -> nn.Module:
     if hasattr(twin, "_output_capturing_hooks_installed"):
         twin._output_capturing_hooks_installed = False
     return twin
+
+
+_PREPARED: set[type] = set()
+
+
+def _prepare(body: nn.Module) -> None:
+    """transformers notes what its hooks gather when a model of a class is built: do so where none has been yet."""
+    if type(body) not in _PREPARED:
+        with torch.device("meta"):
+            AutoBackbone.from_config(copy.deepcopy(body.config))
+        _PREPARED.add(type(body))
 
 
 def _blocks(body: nn.Module) -> nn.ModuleList:
