@@ -19,7 +19,7 @@ from .report import LoadReport
 if TYPE_CHECKING:
     from ..backbone import Backbone
 
-__all__ = ["is_new", "load_weights"]
+__all__ = ["is_new", "load_weights", "require_sound"]
 
 _log = logging.getLogger("backbones")
 
@@ -132,6 +132,12 @@ def _fit_all(model: "Backbone", found: Recognised, own: Mapping[str, Tensor], re
         if name not in fitting and name not in report.mismatched and not name.endswith("num_batches_tracked")
     }
     return fitting
+
+
+def require_sound(name: str, value: Tensor, own: Tensor) -> None:
+    """Raise WeightsError unless a tensor can be copied into the model's as it is, and is finite there."""
+    _require_numbers(name, value, own)
+    _require_finite(name, value.detach().to(own.dtype))
 
 
 def _require_numbers(name: str, value: Tensor, own: Tensor) -> None:

@@ -128,16 +128,22 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not is_sharded(path):
         return dict(weights.read_checkpoint(path))
     index = weights.read_checkpoint(path / _INDEX)
-    if not {"content", "files"} <= index.keys():
+    named = index.get("files")
+    if "content" not in index or not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise WeightsError(f"{path / _INDEX} is no index of a checkpoint in shards")
-    parts = [weights.read_checkpoint(path / Path(name).name)["shards"] for name in index["files"]]
+    parts = [weights.read_checkpoint(path / Path(name).name).get("shards") for name in named]
 
     def put_in(value: Any) -> Any:
         if not (isinstance(value, dict) and _SHARD in value):
             return value
         return torch.cat([part[value[_SHARD]] for part in parts]).view(value["shape"])
 
-    return _map(put_in, index["content"])
+    try:
+        return dict(_map(put_in, index["content"]))
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"{path}: its shards do not make up what {_INDEX} says; one is damaged, or of another moment ({error})"
+        ) from error
 
 
 def _map(change: Callable[[Any], Any], value: Any) -> Any:

@@ -6,12 +6,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from backbones import LoadReport, build_backbone, hub, saving
 from backbones.errors import InputError, WeightsError
-from backbones.weights import read_checkpoint
+from backbones.weights import read_checkpoint, require_sound, require_whole
 
+from .base import HoldsBackbone
 from .classifier import build_classifier
 from .detector import build_detector
 from .multitask import build_multitask
@@ -77,13 +76,16 @@ def from_pretrained(
     )
     if changed and model.saved_options().get("num_classes") != config["options"].get("num_classes"):
         model.metadata.pop("class_names", None)
-    model.load_report = _load(model, weights, str(source), exactly=not changed)
+    same_classes = model.saved_options().get("num_classes") == config["options"].get("num_classes")
+    model.load_report = _load(model, weights, str(source), not changed, same_classes and "num_classes" not in options)
     return model
 
 
-def _load(model: torch.nn.Module, weights: Path, source: str, exactly: bool) -> LoadReport:
-    """Load what fits; an error where all has to and does not."""
+def _load(model: HoldsBackbone, weights: Path, source: str, exactly: bool, same_classes: bool) -> LoadReport:
+    """Load what fits: all of it, but for heads that changed options ask for, and for other classes."""
     state, own = read_checkpoint(weights), model.state_dict()
+    if exactly:
+        require_whole(model, state, f"{source}: {saving.WEIGHTS} beside {saving.CONFIG}")
     report = LoadReport(source=source)
     for name, value in state.items():
         if name not in own:
@@ -91,13 +93,19 @@ def _load(model: torch.nn.Module, weights: Path, source: str, exactly: bool) -> 
         elif value.shape != own[name].shape:
             report.mismatched[name] = (tuple(value.shape), tuple(own[name].shape))
         else:
+            require_sound(name, value, own[name])
             report.loaded[name] = tuple(value.shape)
     report.missing = {name: tuple(value.shape) for name, value in own.items() if name not in state}
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     report.share = sum(size for name, size in sizes.items() if name in report.loaded) / max(1, sum(sizes.values()))
-    if exactly and (report.missing or report.mismatched or report.unexpected):
+    body = {id(parameter) for parameter in model.inner_backbone.parameters()}
+    fresh = [n for n, p in model.named_parameters() if id(p) in body and n in report.missing]
+    wrong = [*report.unexpected, *fresh, *(report.mismatched if same_classes else ())]
+    if wrong:
         raise WeightsError(
-            f"{source}: {saving.WEIGHTS} does not hold the weights of the {saving.CONFIG} beside it.\n{report}"
+            f"{source}: with these options, {len(wrong)} tensors of {saving.WEIGHTS} would not be loaded or have "
+            f"nowhere to go ({', '.join(wrong[:3])}, ...); build the model with its own builder, and load what you "
+            f"want of them\n{report}"
         )
     model.load_state_dict({name: state[name] for name in report.loaded}, strict=False)
     return report

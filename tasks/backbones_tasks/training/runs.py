@@ -6,7 +6,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -200,8 +200,9 @@ def read_checkpoint(path: Path, task: str | None = None) -> dict[str, Any]:
     if not files.is_checkpoint(path):
         raise WeightsError(f"{path}: no such checkpoint; a run keeps them in its folder checkpoints/")
     content = files.read_checkpoint(path)
-    if not {"state_dict", "hyper_parameters", "task"} <= content.keys():
-        raise WeightsError(f"{path} is no checkpoint of `backbones fit`")
+    for key, kind in {"state_dict": Mapping, "hyper_parameters": Mapping, "task": str}.items():
+        if not isinstance(content.get(key), kind):
+            raise WeightsError(f"{path} is no checkpoint of `backbones fit`: it has no {key}, or not as it writes it")
     if task is not None and content["task"] != task:
         raise InputError(f"{path} is a checkpoint of {content['task']}, not of {task}")
     return content

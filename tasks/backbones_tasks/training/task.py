@@ -22,6 +22,7 @@ from backbones import backbone_info
 from backbones.errors import InputError
 from backbones.inference import compile_blocks
 from backbones.plain import json_values
+from backbones.weights import require_whole
 
 from ..data.images import UNREADABLE, UnreadableImage
 from ..data.loading import mix
@@ -377,6 +378,7 @@ class Task(LightningModule):
         checkpoint["task"] = self.name
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        require_whole(self, checkpoint["state_dict"], "the checkpoint")  # before Lightning changes anything
         # The schedule is a function of the step alone; restoring its state would undo a changed --trainer.max_epochs.
         checkpoint["lr_schedulers"] = []
 

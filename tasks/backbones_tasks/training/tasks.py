@@ -7,6 +7,9 @@ from typing import Any
 
 import yaml
 
+from backbones.errors import BackboneError, WeightsError
+from backbones.weights import require_whole
+
 from ..models.base import HoldsBackbone
 from .callbacks import read_metrics
 from .classification import ClassificationTask
@@ -33,12 +36,28 @@ def load_task(checkpoint: Path, name: str | None = None, device: str = "cpu") ->
         WeightsError: it is missing, truncated, or no checkpoint of a run
         InputError: it is of another task than the one of this name
     """
-    return restore_task(read_checkpoint(checkpoint, name)).to(device).eval()
+    return restore_task(read_checkpoint(checkpoint, name), checkpoint).to(device).eval()
 
 
-def restore_task(content: Mapping[str, Any]) -> Task:
-    """The trained task in the content of a checkpoint."""
-    task = find_task(content["task"])(**content["hyper_parameters"])
+def restore_task(content: Mapping[str, Any], source: Path) -> Task:
+    """The trained task in the content of a checkpoint.
+
+    Raises:
+        WeightsError: its options build no task, or one of other weights
+    """
+    if content["task"] not in TASKS:
+        raise WeightsError(f"{source} is a checkpoint of {content['task']!r}, which is none of {', '.join(TASKS)}")
+    kind = find_task(content["task"])
+    try:
+        task = kind(**content["hyper_parameters"])
+    except BackboneError:
+        raise
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"{source}: its hyper_parameters build no {kind.name} ({error}); it was damaged, or written by another "
+            "version of dense-backbones"
+        ) from error
+    require_whole(task, content["state_dict"], str(source))
     task.load_state_dict(content["state_dict"])
     return task
 
@@ -46,7 +65,9 @@ def restore_task(content: Mapping[str, Any]) -> Task:
 def load_model(checkpoint: Path) -> HoldsBackbone:
     """The trained model in a checkpoint of `backbones fit`, in eval mode, with what its run tells in `metadata`."""
     content = read_checkpoint(checkpoint)
-    task = restore_task(content).eval()
+    task = restore_task(content, checkpoint).eval()
+    if type(content.get("epoch")) is not int:
+        raise WeightsError(f"{checkpoint} does not say of which epoch it is; it is no checkpoint of `backbones fit`")
     task.model.metadata = _facts(task, content["epoch"], checkpoint.absolute().parent.parent)
     return task.model
 
