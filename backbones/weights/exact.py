@@ -32,8 +32,8 @@ def require_whole(module: nn.Module, state: Mapping[str, Any], source: str) -> N
         if state[name].shape != own[name].shape
     }
     found = {
-        "the model lacks {}": state.keys() - own.keys(),
-        "the checkpoint lacks {}": own.keys() - state.keys(),
+        "unknown to the model: {}": state.keys() - own.keys(),
+        "missing in the checkpoint: {}": own.keys() - state.keys(),
         "of another shape: {}": [f"{name} {shape}" for name, shape in shapes.items()],
     }
     why = [sentence.format(_some(names)) for sentence, names in found.items() if names]

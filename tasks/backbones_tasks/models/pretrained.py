@@ -8,7 +8,7 @@ from typing import Any
 
 from backbones import LoadReport, build_backbone, hub, saving
 from backbones.errors import InputError, WeightsError
-from backbones.weights import read_checkpoint, require_sound, require_whole
+from backbones.weights import read_checkpoint, require_sound
 
 from .base import HoldsBackbone
 from .classifier import build_classifier
@@ -84,8 +84,6 @@ def from_pretrained(
 def _load(model: HoldsBackbone, weights: Path, source: str, exactly: bool, same_classes: bool) -> LoadReport:
     """Load what fits: all of it, but for heads that changed options ask for, and for other classes."""
     state, own = read_checkpoint(weights), model.state_dict()
-    if exactly:
-        require_whole(model, state, f"{source}: {saving.WEIGHTS} beside {saving.CONFIG}")
     report = LoadReport(source=source)
     for name, value in state.items():
         if name not in own:
@@ -93,11 +91,15 @@ def _load(model: HoldsBackbone, weights: Path, source: str, exactly: bool, same_
         elif value.shape != own[name].shape:
             report.mismatched[name] = (tuple(value.shape), tuple(own[name].shape))
         else:
-            require_sound(name, value, own[name])
+            require_sound(name, value, own[name])  # before anything is written
             report.loaded[name] = tuple(value.shape)
     report.missing = {name: tuple(value.shape) for name, value in own.items() if name not in state}
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     report.share = sum(size for name, size in sizes.items() if name in report.loaded) / max(1, sum(sizes.values()))
+    if exactly and (report.missing or report.mismatched or report.unexpected):
+        raise WeightsError(
+            f"{source}: {saving.WEIGHTS} does not hold the weights of the {saving.CONFIG} beside it.\n{report}"
+        )
     body = {id(parameter) for parameter in model.inner_backbone.parameters()}
     fresh = [n for n, p in model.named_parameters() if id(p) in body and n in report.missing]
     wrong = [*report.unexpected, *fresh, *(report.mismatched if same_classes else ())]
