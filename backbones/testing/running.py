@@ -13,14 +13,14 @@ from torch import nn
 from ..backbone import Backbone
 from ..errors import InputError, PluginError
 from ..registry import backbone_info, build_backbone, list_backbones, plugins
-from . import export, numbers, processes, shapes, training, weights
+from . import export, honesty, numbers, processes, shapes, training, weights
 from .common import Build, Check, CheckFailed, Skipped, seeded
 from .plugins import check_loads, check_no_torch, check_spec
 
 #: Every check by name, in the order in which they run: each function `check_NAME` of these modules.
 CHECKS: dict[str, Check] = {
     name.removeprefix("check_"): function
-    for kind in (shapes, numbers, training, weights, export, processes)
+    for kind in (shapes, numbers, training, weights, honesty, export, processes)
     for name, function in vars(kind).items()
     if name.startswith("check_")
 }
@@ -55,6 +55,7 @@ def check_backbone(
     expected_failures: Mapping[str, str] | None = None,
     slow: bool = True,
     report: Callable[[CheckResult], None] | None = None,
+    checks: Iterable[str] | None = None,
 ) -> list[CheckResult]:
     """Run every check on one backbone and keep each result.
 
@@ -64,17 +65,19 @@ def check_backbone(
         expected_failures: check name to the reason why it may fail. One that passes all the same is a failure.
         slow: also run the checks that take minutes: compile and two processes.
         report: called with each result as it comes.
+        checks: names of those to run; all unless given.
 
     Raises:
-        InputError: `expected_failures` names no check.
+        InputError: `expected_failures` or `checks` names no check.
     """
-    expected = dict(expected_failures or {})
-    if unknown := expected.keys() - CHECKS.keys():
-        raise InputError(f"expected_failures: there is no check {min(unknown)!r}; choose from {', '.join(CHECKS)}")
+    expected, wanted = dict(expected_failures or {}), set(CHECKS if checks is None else checks)
+    for option, named in (("expected_failures", expected.keys()), ("checks", wanted)):
+        if unknown := named - CHECKS.keys():
+            raise InputError(f"{option}: there is no check {min(unknown)!r}; choose from {', '.join(CHECKS)}")
     name, build = _subject(backbone)
     results = []
     for check in CHECKS:
-        if not slow and check in SLOW_CHECKS:
+        if check not in wanted or (not slow and check in SLOW_CHECKS):
             continue
         results.append(_run(name, check, build, expected.get(check)))
         if report:
