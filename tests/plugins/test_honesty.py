@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, prune, vector_to_parameters
 from torchvision.ops import FrozenBatchNorm2d
 
-from backbones import build_backbone, list_backbones
+from backbones import build_backbone, list_backbones, wrap
 from backbones.layers import Blocks
 from backbones.testing import smallest_of_each_family
 
@@ -184,6 +184,41 @@ def test_a_layer_that_is_read_or_overwritten_from_outside_is_found_out(images):
         assert_every_layer_is_called(Outside(), images)
     with pytest.raises(AssertionError, match="norm"):
         assert_hooks_keep_what_they_saw(Outside(), images)
+
+
+def test_hooks_change_no_number(images):
+    class InPlace(nn.Module):
+        def forward(self, x):
+            y = torch.ones_like(x)
+            y.div_(4)  # a statement: whoever wrote it goes on with y
+            x = self.relu(x)
+            z = x
+            z += y
+            return [z.mul_(2) + x * 0]
+
+        relu = nn.ReLU(inplace=True)
+
+    model = wrap(nn.Sequential(nn.Conv2d(3, 4, 8, 8), InPlace()), channels=[4], strides=[8])
+    with torch.no_grad():
+        plain = model(images)
+        seen = []
+        for module in model.modules():
+            module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        hooked = model(images)
+    assert seen
+    assert not differ(plain, hooked)
+
+
+def test_hooks_leave_drop_path_of_timm_as_it_is(images):
+    found = []
+    for hooked in (False, True):
+        torch.manual_seed(0)
+        model = build_backbone("timm/resnet10t", drop_path_rate=0.5)
+        if hooked:
+            model.model.conv1.register_forward_hook(lambda module, inputs, output: None)
+        torch.manual_seed(1)
+        found.append(maps_of(model, images))
+    assert not differ(*found)
 
 
 @every_family
