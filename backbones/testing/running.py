@@ -89,6 +89,7 @@ def parametrize_backbones(
     names: Iterable[str | Build],
     expected_failures: Mapping[str, Mapping[str, str]] | None = None,
     slow_marks: Any = (),
+    slow_checks: Iterable[str] = SLOW_CHECKS,
 ) -> Any:
     """Decorator for pytest: the test is run once per backbone and check, as `test(name, check)`.
 
@@ -100,13 +101,14 @@ def parametrize_backbones(
         names: backbones as `build_backbone` takes them, or functions or classes that build one.
         expected_failures: name to check to reason; those are marked `xfail`, strictly.
         slow_marks: marks of the checks that take minutes, such as `pytest.mark.slow`.
+        slow_checks: names of those checks.
     """
     import pytest
 
     cases = []
     for name in names:
         for check in CHECKS:
-            marks = [slow_marks] if check in SLOW_CHECKS and slow_marks != () else []
+            marks = [slow_marks] if check in slow_checks and slow_marks != () else []
             called = _subject(name)[0]
             if reason := (expected_failures or {}).get(called, {}).get(check):
                 marks.append(pytest.mark.xfail(reason=reason, strict=True))

@@ -8,14 +8,18 @@ from timm.layers import DropPath
 from timm.optim import create_optimizer_v2
 
 from backbones import build_backbone, list_backbones
-from backbones.testing import parametrize_backbones, smallest_of_each_family
+from backbones.testing import CHECKS, SLOW_CHECKS, honesty, parametrize_backbones, smallest_of_each_family
 
 # Whatever is listed is tested: no family can be forgotten.
 FAMILIES = [*smallest_of_each_family(list_backbones()), "pvt_v2_b2_li", "deit_tiny_distilled_patch16"]
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
-@parametrize_backbones(FAMILIES, slow_marks=pytest.mark.slow)
+# Of few families, test_honesty.py asks the same by default.
+HONEST = [name for name, check in CHECKS.items() if check.__module__ == honesty.__name__]
+
+
+@parametrize_backbones(FAMILIES, slow_marks=pytest.mark.slow, slow_checks=[*SLOW_CHECKS, *HONEST])
 def test_conformance(name, check):
     check(name)
 

@@ -213,9 +213,9 @@ def test_hooks_leave_drop_path_of_timm_as_it_is(images):
     found = []
     for hooked in (False, True):
         torch.manual_seed(0)
-        model = build_backbone("timm/resnet10t", drop_path_rate=0.5)
+        model = build_backbone("timm/mobilenetv3_small_050", drop_path_rate=0.5)
         if hooked:
-            model.model.conv1.register_forward_hook(lambda module, inputs, output: None)
+            model.model.conv_stem.register_forward_hook(lambda module, inputs, output: None)
         torch.manual_seed(1)
         found.append(maps_of(model, images))
     assert not differ(*found)
