@@ -1,5 +1,6 @@
 """Files that are whole or not there, and checkpoints of many processes as one."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -40,9 +41,16 @@ def whole(file: Path) -> Iterator[Path]:
     except BaseException as error:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
-        if isinstance(error, OSError) and not isinstance(error, WriteError):
+        if isinstance(error, OSError) and _is_about(error, file):
             raise WriteError(f"{file} cannot be written: {reason(error, file)}") from error
         raise
+
+
+def _is_about(error: OSError, file: Path) -> bool:
+    """Whether it is one of writing this file, and not of reading what goes into it."""
+    if isinstance(error, WriteError) or error.errno is None:
+        return False
+    return error.filename is None or Path(os.fsdecode(error.filename)).parent == file.parent
 
 
 def reason(error: OSError, file: Path) -> str:
@@ -50,6 +58,12 @@ def reason(error: OSError, file: Path) -> str:
     if isinstance(error, FileNotFoundError) and not file.parent.is_dir():
         return f"the folder {file.parent} is gone"
     return (error.strerror or str(error)).lower()
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write a file that is whole or not there."""
+    with whole(file) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def save(content: Any, file: Path) -> None:

@@ -26,6 +26,7 @@ from backbones.errors import InputError
 from ..options import nearest
 from .base import BackboneLike, HoldsBackbone, backbone_options, make_backbone, recorded
 from .cascade import CascadeRCNN
+from .resizing import resizing
 
 ARCHITECTURES = ("faster_rcnn", "mask_rcnn", "cascade_rcnn", "retinanet", "fcos")
 DENSE = ("retinanet", "fcos")
@@ -90,6 +91,7 @@ def build_detector(
     defaults = {"image_mean": mean, "image_std": std, "size_divisible": math.lcm(*neck.strides[: neck.maps])}
     build = _build_dense if architecture in DENSE else _build_rcnn
     model = build(architecture, neck, num_classes, **{**defaults, **options})
+    model.transform = resizing(model.transform)
     # convolutions on a CPU are much faster on channels-last maps, which is what backbones return
     model = model.to(memory_format=torch.channels_last)
     own = {"architecture": architecture, "num_classes": num_classes, "fpn_channels": fpn_channels}

@@ -18,6 +18,7 @@ from backbones.layers import ceil_div, crop_to
 from ..options import nearest
 from . import classifier, detector, segmenter
 from .base import BackboneLike, HoldsBackbone, backbone_options, make_backbone, recorded
+from .resizing import Resizing
 from .smp import resize
 
 #: What builds a head of each task, and tells which of the backbone's maps it takes unless told.
@@ -289,14 +290,7 @@ def _common_transform(
     divisors = [t.size_divisible for t in transforms.values()]
     divisors += [head.divisor for head in heads.values() if isinstance(head, segmenter.Segmenter)]
     divisor = math.lcm(*divisors)
-    return _Transform(min_size, max_size, list(mean), list(std), size_divisible=divisor, fixed_size=fixed_size)
-
-
-class _Transform(GeneralizedRCNNTransform):
-    """torchvision's, which leaves images at their own size where it is given none."""
-
-    def resize(self, image: Tensor, target: Any = None) -> tuple[Tensor, Any]:
-        return super().resize(image, target) if self.min_size else (image, target)
+    return Resizing(min_size, max_size, list(mean), list(std), size_divisible=divisor, fixed_size=fixed_size)
 
 
 def _is_detector(head: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from ..data.reading import in_channels, to_unit
 from ..models.detector import DENSE, MASKED, build_detector, check_options, map_indices
 from ..pictures.detection import Objects, draw_objects, save_objects
 from .coco import CocoEvaluation
+from .coco_results import CocoIds, save_coco
 from .task import Task
 
 SHOWN = 0.5  # least score of what pictures show, unless told
@@ -46,8 +47,8 @@ class DetectionTask(Task):
     scores = ("box_AP", "box_AP50", "box_AP75")
     epochs = 5
     predicts = (
-        "Find objects in images; writes OUT/overlays, and OUT/results.json with bbox (x, y, width, height in pixels), "
-        "score and, of mask_rcnn, segmentation as RLE, as in COCO's results."
+        "Find objects in images; writes OUT/overlays, OUT/results.json with what they show, and OUT/coco with all that "
+        "was found, as pycocotools' `loadRes` takes it: results_box.json, and results_mask.json of mask_rcnn."
     )
 
     def __init__(
@@ -113,36 +114,49 @@ class DetectionTask(Task):
 
     @classmethod
     def add_predict_options(cls, parser: argparse.ArgumentParser) -> None:
+        shown = "least score of what is drawn, and listed in results.json; 0 for all"
+        parser.add_argument("--threshold", type=float, default=SHOWN, help=shown)
         parser.add_argument(
-            "--threshold", type=float, default=SHOWN, help="least score of what is drawn and listed; 0 for all"
+            "--annotations",
+            type=Path,
+            metavar="FILE",
+            help="of the images, in COCO's format, such as instances_val.json: OUT/coco then has its ids of images and "
+            "categories; else images are numbered from 1, in the order of OUT/coco/images.json",
         )
+
+    def check_prediction(self, options: argparse.Namespace) -> None:
+        if options.annotations is not None:
+            CocoIds.read(options.annotations, self.class_names)
 
     def predict_image(
         self, image: np.ndarray, options: argparse.Namespace
-    ) -> tuple[dict[str, Image.Image], list[dict[str, Any]]]:
+    ) -> tuple[dict[str, Image.Image], dict[str, Any]]:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         (found,) = self([to_unit(pixels.to(self.device))])
         return self.results(image, found, options)
 
     def results(
         self, image: np.ndarray, output: dict[str, Tensor], options: argparse.Namespace
-    ) -> tuple[dict[str, Image.Image], list[dict[str, Any]]]:
-        objects = _objects(output, options.threshold)
-        return {"overlays": draw_objects(self.reading.picture(image), objects, self.class_names)}, self._entries(
-            objects, image.shape[:2]
-        )
+    ) -> tuple[dict[str, Image.Image], dict[str, Any]]:
+        """The picture, and the image's size (H, W) with all objects, whatever their scores."""
+        shown = _objects(output, options.threshold)
+        objects = _entries(_objects(output), image.shape[:2])
+        picture = draw_objects(self.reading.picture(image), shown, self.class_names)
+        return {"overlays": picture}, {"size": list(image.shape[:2]), "objects": objects}
 
-    def _entries(self, objects: Objects, size: tuple[int, int]) -> list[dict[str, Any]]:
+    def listed(self, result: Mapping[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
         entries = []
-        for box, label, score in zip(objects.boxes, objects.labels, objects.scores, strict=True):
-            x0, y0, x1, y1 = box.astype(float).round(2).tolist()
-            bbox = [x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)]
-            name = self.class_names[label]
-            entries.append({"category": name, "category_id": int(label), "score": round(float(score), 4), "bbox": bbox})
-        if objects.masks is not None and entries:
-            for entry, counts in zip(entries, rle.encode_array(objects.masks), strict=True):
-                entry["segmentation"] = {"size": list(size), "counts": counts}
+        for found in result["objects"]:
+            if found["score"] < options.threshold:
+                continue
+            numbers = {"score": round(found["score"], 4), "bbox": [round(value, 2) for value in found["bbox"]]}
+            entries.append({"category": self.class_names[found["label"]], "category_id": found["label"], **numbers})
+            if "segmentation" in found:
+                entries[-1]["segmentation"] = found["segmentation"]
         return entries
+
+    def save_predictions(self, folder: Path, results: Mapping[str, Any], options: argparse.Namespace) -> list[Path]:
+        return save_coco(folder / "coco", results, self.class_names, options.annotations)
 
     def start(self, split: str) -> None:
         truth = self.data.datasets[split].coco()
@@ -167,6 +181,18 @@ def narrow(detector: str) -> dict[str, Any]:
     if detector in MASKED:
         options |= {"mask_channels": 64}
     return options
+
+
+def _entries(objects: Objects, size: tuple[int, int]) -> list[dict[str, Any]]:
+    """Objects as label, score, bbox (x, y, width, height) and, of masks, segmentation as compressed RLE."""
+    entries = []
+    for box, label, score in zip(objects.boxes, objects.labels, objects.scores, strict=True):
+        x0, y0, x1, y1 = box.astype(float).tolist()
+        entries.append({"label": int(label), "score": float(score), "bbox": [x0, y0, x1 - x0, y1 - y0]})
+    if objects.masks is not None and entries:
+        for entry, counts in zip(entries, rle.encode_array(objects.masks), strict=True):
+            entry["segmentation"] = {"size": list(size), "counts": counts}
+    return entries
 
 
 def _objects(found: Mapping[str, Tensor], threshold: float = 0.0) -> Objects:

@@ -214,3 +214,17 @@ class MultiTask(Task):
             if listed is not None:
                 results[name] = listed
         return pictures, results or None
+
+    def check_prediction(self, options: argparse.Namespace) -> None:
+        for part in self.parts.values():
+            part.check_prediction(options)
+
+    def listed(self, result: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+        return {name: self.parts[name].listed(own, options) for name, own in result.items()}
+
+    def save_predictions(self, folder: Path, results: Mapping[str, Any], options: argparse.Namespace) -> list[Path]:
+        written = []
+        for name, part in self.parts.items():
+            own = {image: result[name] for image, result in results.items() if name in result}
+            written += part.save_predictions(folder / name, own, options)
+        return written

@@ -27,6 +27,7 @@ from backbones.weights import require_whole
 from ..data.images import UNREADABLE, UnreadableImage
 from ..data.loading import mix
 from ..data.reading import Reading
+from ..files import whole
 from ..options import nearest
 from ..ranges import check_ranges
 
@@ -223,8 +224,20 @@ class Task(LightningModule):
             raise UnreadableImage(str(error)) from error
         pictures, result = self.predict_image(image, options)
         for folder, picture in pictures.items():
-            picture.save(place(folder, ".png"))
+            with whole(place(folder, ".png")) as unfinished:
+                picture.save(unfinished)
         return result
+
+    def check_prediction(self, options: argparse.Namespace) -> None:
+        """Raise InputError for options of `backbones predict` that do not go with this model."""
+
+    def listed(self, result: Any, options: argparse.Namespace) -> Any:
+        """What results.json says of an image, given what `predict_image` returned."""
+        return result
+
+    def save_predictions(self, folder: Path, results: Mapping[str, Any], options: argparse.Namespace) -> list[Path]:
+        """Write what there is beside results.json, given what `predict_image` returned of each image, by its name."""
+        return []
 
     # What subclasses use
 
