@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError
-from .layers import Blocks, FastLinear, fold_sequence, is_plain, release_statistics
+from .layers import Blocks, FastConv, FastLinear, fold_sequence, is_plain, release_statistics
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -40,7 +40,9 @@ def for_inference(model: M, dtype: torch.dtype | None = None, compile: bool = Fa
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     release_statistics(fast)
     with torch.no_grad():
-        fast = _replace(fast, {}).eval().requires_grad_(False)
+        fast = _replace(fast, {})
+        _replace_convolutions(fast)
+        fast.eval().requires_grad_(False)
         fast.to(memory_format=torch.channels_last)
     parts = list(_low_precision_parts(fast)) if dtype in (torch.bfloat16, torch.float16) else []
     for part in parts:
@@ -131,6 +133,14 @@ def _replace(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
         replacement = fold_sequence(module)
     done[module] = replacement
     return replacement
+
+
+def _replace_convolutions(model: nn.Module) -> None:
+    """Does so once layers have said what belongs to a convolution."""
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is not None and is_plain(child, nn.Conv2d):
+                module._modules[name] = FastConv.of(child)
 
 
 def _low_precision_parts(module: nn.Module) -> Iterator[nn.Module]:

@@ -1,15 +1,16 @@
 """The toolkit for plugin authors: what more than one architecture needs."""
 
 from .activation import activate, may_overwrite
-from .attention import Attention, SpatialReductionAttention, attend
+from .attention import Attention, SpatialReductionAttention, attend, scaled_attention
 from .blocks import Blocks, residual, run_blocks
 from .cache import TableCache
 from .checkpointing import checkpoint, hold_statistics, release_statistics
 from .conv import ConvNorm, init_conv, pad_same
+from .fast import FastConv, FastLinear, fuse, is_plain
 from .head import PreLogits
 from .hooks import hooks_kept
-from .inference import Layer, fold_norm, fold_norm_before, fold_sequence, is_plain, scale_outputs
-from .linear import FastLinear, Mlp, init_linear, linear
+from .inference import Layer, fold_norm, fold_norm_before, fold_sequence, scale_outputs
+from .linear import Mlp, init_linear
 from .mbconv import MBConv, SqueezeExcite, halve
 from .norm import layer_norm_2d
 from .padding import ceil_div, crop_to, pad_to_multiple
@@ -21,6 +22,7 @@ __all__ = [
     "Blocks",
     "ConvNorm",
     "DistanceBias",
+    "FastConv",
     "FastLinear",
     "Layer",
     "LogPositionBias",
@@ -40,6 +42,7 @@ __all__ = [
     "fold_norm",
     "fold_norm_before",
     "fold_sequence",
+    "fuse",
     "halve",
     "hold_statistics",
     "hooks_kept",
@@ -47,7 +50,6 @@ __all__ = [
     "init_linear",
     "is_plain",
     "layer_norm_2d",
-    "linear",
     "may_overwrite",
     "pad_same",
     "pad_to_multiple",
@@ -55,6 +57,7 @@ __all__ = [
     "residual",
     "run_blocks",
     "scale_outputs",
+    "scaled_attention",
     "window_partition",
     "window_unpartition",
 ]

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .activation import activate
+from .fast import fuse
 from .inference import Layer, fold_norm
 
 
@@ -58,7 +59,8 @@ class ConvNorm(Layer):
     def prepare_for_inference(self) -> nn.Module:
         folded = None if self.between else fold_norm(self.conv, self.norm)
         if folded is not None:
-            self.conv, self.norm = folded, nn.Identity()
+            self.norm = nn.Identity()
+            self.conv, self.act = fuse(folded, self.act)
         return super().prepare_for_inference()
 
 

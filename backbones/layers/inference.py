@@ -6,6 +6,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from .fast import FastConv, is_plain
+
 
 class Layer(nn.Module):
     """A layer that has a faster way to run in a model that only predicts.
@@ -24,20 +26,10 @@ class Layer(nn.Module):
         return self
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:
-    """Whether another module may do the work of this one: it has no hooks and, if it must be of `kind`, is just that.
-
-    A subclass may do more (adapters, quantisation, parametrisation), and so may a subclass of tensors in its place.
-    """
-    if kind is not None and (type(module) is not kind or type(module.weight) is not nn.Parameter):
-        return False
-    return not (module._forward_hooks or module._forward_pre_hooks)
-
-
 def fold_norm(conv: nn.Module, norm: nn.Module) -> nn.Module | None:
     """The convolution that equals `conv` and then, in eval mode, `norm`; None where there is none."""
     affine = _affine(norm)
-    if affine is None or not is_plain(conv, nn.Conv2d) or conv.out_channels != len(affine[0]):
+    if affine is None or not _is_conv(conv) or conv.out_channels != len(affine[0]):
         return None
     scale, shift = affine
     bias = shift if conv.bias is None else shift + conv.bias.double() * scale
@@ -47,7 +39,7 @@ def fold_norm(conv: nn.Module, norm: nn.Module) -> nn.Module | None:
 def fold_norm_before(norm: nn.Module, conv: nn.Module) -> nn.Module | None:
     """The 1x1 convolution that equals, in eval mode, `norm` and then `conv`; None where there is none."""
     affine = _affine(norm)
-    if affine is None or not is_plain(conv, nn.Conv2d):
+    if affine is None or not is_plain(conv, nn.Conv2d, FastConv):
         return None
     if conv.kernel_size != (1, 1) or conv.padding != (0, 0) or conv.groups != 1 or conv.in_channels != len(affine[0]):
         return None
@@ -59,7 +51,7 @@ def fold_norm_before(norm: nn.Module, conv: nn.Module) -> nn.Module | None:
 
 def scale_outputs(conv: nn.Module, scale: Tensor) -> nn.Module | None:
     """The convolution that equals `conv` times `scale` (out_chans,); None where there is none."""
-    if not is_plain(conv, nn.Conv2d):
+    if not _is_conv(conv):
         return None
     bias = None if conv.bias is None else conv.bias.double() * scale.double()
     return _with(conv, conv.weight.double() * scale.double()[:, None, None, None], bias)
@@ -77,12 +69,16 @@ def fold_sequence(layers: nn.Sequential) -> nn.Sequential:
     return layers
 
 
+def _is_conv(module: nn.Module) -> bool:
+    """Whether a module is a convolution and nothing else."""
+    return is_plain(module, nn.Conv2d, FastConv) and getattr(module, "act", None) is None
+
+
 def _with(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     """A convolution like `conv`, which may be somebody else's too, with these parameters."""
-    new = copy.copy(conv)
-    new._parameters = dict(conv._parameters)
-    new._parameters["weight"] = nn.Parameter(weight.to(conv.weight.dtype), requires_grad=False)
-    new._parameters["bias"] = None if bias is None else nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
+    new = FastConv.of(conv, getattr(conv, "act", None))
+    new.weight = nn.Parameter(weight.to(conv.weight.dtype), requires_grad=False)
+    new.bias = None if bias is None else nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
     return new
 
 

@@ -19,6 +19,9 @@ class PositionBias(Layer):
     row-major order; with `whole=False`, what `by_offset` does.
     """
 
+    #: A tensor where the numbers are computed, as precise as they are.
+    like: Tensor
+
     def __init__(self):
         super().__init__()
         self._biases = TableCache(entries=2)  # the square of a map's cells, times heads: worth keeping few
@@ -30,7 +33,7 @@ class PositionBias(Layer):
 
         if not self.fast:
             return compute()
-        like = next(self.parameters())
+        like = self.like
         return self._biases.get((height, width, whole, like.device, like.dtype), compute)
 
     def by_offset(self, height: int, width: int) -> Tensor:
@@ -58,6 +61,10 @@ class RelativePositionBias(PositionBias):
         self.heads = heads
         self.table = nn.Parameter(torch.zeros(_offsets(self.size[0]) * _offsets(self.size[1]), heads))
         nn.init.trunc_normal_(self.table, std=0.02)
+
+    @property
+    def like(self) -> Tensor:
+        return self.table
 
     def by_offset(self, height: int, width: int) -> Tensor:
         return _resize(self._grid(), height, width).unflatten(1, (_offsets(height), _offsets(width)))
@@ -123,9 +130,11 @@ class LogPositionBias(PositionBias):
         self.fc1 = nn.Linear(2, hidden)
         self.dropout = nn.Dropout(0.125)
         self.fc2 = nn.Linear(hidden, heads)
+        # Where the layers are and how precise, whatever takes their place.
+        self.register_buffer("like", torch.empty(0), persistent=False)
 
     def by_offset(self, height: int, width: int) -> Tensor:
-        like = next(self.parameters())
+        like = self.like
         sides = (torch.arange(_offsets(side), device=like.device) - (side - 1) for side in (height, width))
         offsets = torch.stack(torch.meshgrid(*sides, indexing="ij"), dim=-1).float()
         offsets = (offsets.sign() * (1 + offsets.abs()).log()).to(like.dtype)

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
@@ -21,10 +20,12 @@ from backbones.layers import (
     RelativePositionBias,
     activate,
     ceil_div,
+    fuse,
     halve,
     init_conv,
     layer_norm_2d,
     residual,
+    scaled_attention,
 )
 from backbones.weights import KeyLayout
 
@@ -230,7 +231,7 @@ class Attention(nn.Module):
         if banded and self.heads * (height * width) ** 2 > WHOLE_BIAS:
             x = self._attend_by_bands(q, k, v, height, width)
         else:
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.rel_pos(height, width).to(q.dtype))
+            x = scaled_attention(q, k, v, self.rel_pos(height, width).to(q.dtype))
         x = x.transpose(1, 2).reshape(batch, height, width, -1)
         return self.proj(x.permute(0, 3, 1, 2))
 
@@ -247,7 +248,7 @@ class Attention(nn.Module):
             bias = table[:, top : top + rows + height - 1].unfold(1, height, 1).unfold(2, width, 1)
             bias = bias.reshape(1, self.heads, -1, height * width)
             band = slice(top * width, (top + rows) * width)
-            out[:, :, band] = F.scaled_dot_product_attention(q[:, :, band], k, v, attn_mask=bias)
+            out[:, :, band] = scaled_attention(q[:, :, band], k, v, bias)
         return out
 
 
@@ -256,11 +257,16 @@ class Mlp(Layer):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
+        self.act = "gelu"
         self.fc1 = nn.Conv2d(dim, hidden, 1)
         self.fc2 = nn.Conv2d(hidden, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(activate(self.fc1(x), "gelu", spare=self.fast))
+        return self.fc2(activate(self.fc1(x), self.act, spare=self.fast))
+
+    def prepare_for_inference(self) -> nn.Module:
+        self.fc1, self.act = fuse(self.fc1, self.act)
+        return super().prepare_for_inference()
 
 
 NORMS = {"layer": layer_norm_2d, "batch": partial(nn.BatchNorm2d, eps=1e-6)}

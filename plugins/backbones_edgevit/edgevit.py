@@ -17,6 +17,7 @@ from backbones.layers import (
     attend,
     crop_to,
     fold_norm_before,
+    fuse,
     init_linear,
     is_plain,
     pad_to_multiple,
@@ -134,6 +135,7 @@ class LocalAggregation(Layer):
         self.conv1 = NormConv(dim, dim)
         self.attn = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
         self.conv2 = nn.Conv2d(dim, dim, 1)
+        self.act = "gelu"
         self.fc1 = NormConv(dim, hidden)
         self.fc2 = nn.Conv2d(hidden, dim, 1)
         self.drop_path = DropPath(drop_path)
@@ -141,8 +143,12 @@ class LocalAggregation(Layer):
     def forward(self, x: Tensor) -> Tensor:
         x = residual(x, self.pos_embed(x), spare=self.fast)
         x = residual(x, self.drop_path(self.conv2(self.attn(self.conv1(x)))), spare=self.fast)
-        x = residual(x, self.drop_path(self.fc2(activate(self.fc1(x), "gelu", spare=self.fast))), spare=self.fast)
+        x = residual(x, self.drop_path(self.fc2(activate(self.fc1(x), self.act, spare=self.fast))), spare=self.fast)
         return x
+
+    def prepare_for_inference(self) -> nn.Module:
+        self.fc1, self.act = fuse(self.fc1, self.act)
+        return super().prepare_for_inference()
 
 
 class NormConv(Layer):

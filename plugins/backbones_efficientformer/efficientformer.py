@@ -18,11 +18,13 @@ from backbones.layers import (
     Mlp,
     activate,
     fold_norm,
+    fuse,
     init_linear,
     is_plain,
     layer_norm_2d,
     residual,
     scale_outputs,
+    scaled_attention,
 )
 from backbones.weights import KeyLayout
 
@@ -176,13 +178,14 @@ class ConvMlp(Layer):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
+        self.act = "gelu"
         self.fc1 = nn.Conv2d(dim, hidden, 1)
         self.norm1 = nn.BatchNorm2d(hidden)
         self.fc2 = nn.Conv2d(hidden, dim, 1)
         self.norm2 = nn.BatchNorm2d(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm2(self.fc2(activate(self.norm1(self.fc1(x)), "gelu", spare=self.fast)))
+        return self.norm2(self.fc2(activate(self.norm1(self.fc1(x)), self.act, spare=self.fast)))
 
     def prepare_for_inference(self) -> nn.Module:
         for fc, norm in (("fc1", "norm1"), ("fc2", "norm2")):
@@ -190,6 +193,8 @@ class ConvMlp(Layer):
             if folded is not None:
                 setattr(self, fc, folded)
                 setattr(self, norm, nn.Identity())
+        if isinstance(self.norm1, nn.Identity):
+            self.fc1, self.act = fuse(self.fc1, self.act)
         return super().prepare_for_inference()
 
 
@@ -226,5 +231,5 @@ class Attention(nn.Module):
         height, width = x.shape[1:3]
         qkv = self.qkv(x).flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, widths)
         q, k, v = qkv.split(self.widths, dim=-1)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias(height, width))
+        y = scaled_attention(q, k, v, self.bias(height, width).to(q.dtype))
         return self.proj(y.transpose(1, 2).flatten(2)).reshape(x.shape)

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ from backbones.layers import (
     init_linear,
     layer_norm_2d,
     residual,
+    scaled_attention,
 )
 from backbones.layers.padding import is_exporting
 from backbones.weights import KeyLayout
@@ -291,7 +291,7 @@ class Attention(nn.Module):
         split = (self.heads, 3, HEAD_DIM) if self.heads_first else (3, self.heads, HEAD_DIM)
         qkv = self.qkv(x).unflatten(-1, split)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(3 if self.heads_first else 2))  # (..., heads, N, 32)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=self.scale)
+        x = scaled_attention(q, k, v, bias.to(q.dtype), self.scale)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
@@ -325,7 +325,7 @@ def cut_into_parts(
 
 def move(x: Tensor, there: Tensor, back: Tensor, padding: Tensor | None = None) -> Tensor:
     """`x.index_select(0, there)`, whose gradient returns by `back`, which takes no row twice; zero to padding."""
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not (torch.is_grad_enabled() and x.requires_grad):
         return x.index_select(0, there)
     return _Move.apply(x, there, back, padding)
 

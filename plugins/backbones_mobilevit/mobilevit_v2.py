@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, make_divisible
 from torch import Tensor, nn
 
-from backbones.layers import ConvNorm, Layer, TableCache, activate, is_plain, linear, may_overwrite, residual
+from backbones.layers import ConvNorm, FastLinear, Layer, TableCache, activate, fuse, is_plain, may_overwrite, residual
 
 from .common import MobileTrunk, even, from_patches, resize, to_patches
 
@@ -112,10 +112,11 @@ class FastSeparableAttention(Layer):
         weight, bias = layer.qkv_proj.weight.flatten(1), layer.qkv_proj.bias
         dim = weight.shape[1]
         self.query = nn.Parameter(weight[0].clone())  # its bias shifts all scores alike
-        self.key = nn.Parameter(weight[1 : 1 + dim].clone())
-        self.key_bias = nn.Parameter(bias[1 : 1 + dim].clone())
-        self.value = nn.Parameter(weight[1 + dim :].clone())
-        self.value_bias = nn.Parameter(bias[1 + dim :].clone())
+        self.key, self.value = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        for part, start in ((self.key, 1), (self.value, 1 + dim)):
+            part.weight = nn.Parameter(weight[start : start + dim].clone())
+            part.bias = nn.Parameter(bias[start : start + dim].clone())
+        self.value = FastLinear.of(self.value, "relu")
         self.out_proj = layer.out_proj
         self._places = TableCache(entries=2)
 
@@ -126,8 +127,8 @@ class FastSeparableAttention(Layer):
         key = (height, width, x.device, x.dtype)
         # (B, H W) -> (B, 4, H W): in each row, scores of one place over the patches, and zeros elsewhere
         scores = (tokens @ self.query)[:, None] + self._places.get(key, lambda: places(*key))
-        context = F.linear(scores.softmax(-1) @ tokens, self.key, self.key_bias)  # (B, 4, C)
-        value = to_patches(activate(linear(pixels, self.value, self.value_bias), "relu", spare=True))
+        context = self.key(scores.softmax(-1) @ tokens)  # (B, 4, C)
+        value = to_patches(self.value(pixels))
         context = context.reshape(batch, 1, 2, 1, 2, dim)
         gated = from_patches(value.mul_(context) if may_overwrite(value, context) else value * context)
         return self.out_proj(gated.permute(0, 3, 1, 2))
@@ -146,8 +147,13 @@ class Mlp(Layer):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
+        self.act = "silu"
         self.fc1 = nn.Conv2d(dim, hidden, kernel_size=1)
         self.fc2 = nn.Conv2d(hidden, dim, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(activate(self.fc1(x), "silu", spare=self.fast))
+        return self.fc2(activate(self.fc1(x), self.act, spare=self.fast))
+
+    def prepare_for_inference(self) -> nn.Module:
+        self.fc1, self.act = fuse(self.fc1, self.act)
+        return super().prepare_for_inference()

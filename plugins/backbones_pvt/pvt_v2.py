@@ -8,7 +8,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from backbones.backbone import Backbone
-from backbones.layers import Blocks, Layer, SpatialReductionAttention, activate, init_conv, init_linear, residual
+from backbones.layers import Blocks, Layer, SpatialReductionAttention, activate, fuse, init_conv, init_linear, residual
 from backbones.weights import KeyLayout, split_in_proj
 
 TIMM = KeyLayout("timm", ((r"^patch_embed\.", "stages.0.embed."), (r"^(stages\.\d+)\.downsample\.", r"\1.embed.")))
@@ -144,6 +144,7 @@ class Mlp(Layer):
     def __init__(self, dim: int, hidden: int, relu: bool):
         super().__init__()
         self.relu = relu
+        self.act = "gelu"
         self.fc1 = nn.Linear(dim, hidden)
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.fc2 = nn.Linear(hidden, dim)
@@ -153,7 +154,11 @@ class Mlp(Layer):
         if self.relu:
             x = F.relu(x)
         x = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.fc2(activate(x, "gelu", spare=self.fast))
+        return self.fc2(activate(x, self.act, spare=self.fast))
+
+    def prepare_for_inference(self) -> nn.Module:
+        self.dwconv, self.act = fuse(self.dwconv, self.act)
+        return super().prepare_for_inference()
 
 
 def _init_weights(module: nn.Module) -> None:

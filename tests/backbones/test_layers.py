@@ -59,13 +59,13 @@ def test_linear_equals_torch_forward_and_backward(shape, bias):
 
 
 def test_linear_takes_views_that_are_not_contiguous():
-    layer = FastLinear(8, 4)
+    layer = FastLinear.of(nn.Linear(8, 4))
     x = torch.randn(2, 8, 2000).transpose(1, 2)
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), atol=1e-6, rtol=1e-5)
 
 
 def test_linear_follows_autocast_and_dtype():
-    layer = FastLinear(8, 4)
+    layer = FastLinear.of(nn.Linear(8, 4))
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(torch.randn(2, 8)).dtype == torch.bfloat16
     assert layer.double()(torch.randn(2, 8).double()).dtype == torch.float64

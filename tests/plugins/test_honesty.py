@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 import warnings
 
 import pytest
@@ -130,7 +131,7 @@ def tensors(value):
 
 
 def assert_every_layer_is_called(model, images):
-    """All that holds parameters, but for lists, which cannot be called, and a foreign model's outermost module."""
+    """All that holds parameters, but for lists, which cannot be called, and the outermost modules of timm's."""
     called = set()
     for module in model.modules():
         module.register_forward_hook(lambda module, inputs, output: called.add(module))
@@ -141,7 +142,7 @@ def assert_every_layer_is_called(model, images):
         if module not in called
         and any(True for _ in module.parameters())
         and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
-        and name not in ("model",)
+        and not re.fullmatch(r"model(\.\w+)?", name)  # timm itself calls the parts of its outermost layers
     ]
     assert not silent
 
