@@ -31,6 +31,9 @@ def test_operations_and_bytes_are_those_that_the_forward_needs():
     assert work.bytes == 4 * (2 * 8 + 8 * 4 + 4 + 2 * 4)
     work = fake.count(nn.Linear(8, 4).eval(), torch.zeros(2, 8), torch.bfloat16)
     assert work.operations == {"aten._to_copy": 3, "aten.addmm": 1}, "autocast casts images, weight and bias"
+    work = fake.count(nn.Linear(8, 4).eval(), torch.zeros(2, 8), torch.bfloat16, cast=True)
+    assert work.operations == {"aten.addmm": 1}
+    assert work.bytes == 2 * (2 * 8 + 8 * 4 + 4 + 2 * 4)
 
 
 def test_attention_is_one_operation_and_views_are_none():
@@ -105,9 +108,9 @@ def test_bench_on_fake_cuda_prints_ours_beside_timms(capsys):
     assert "batch 8, 64 x 64" in machine
     assert header.split() == ["name", "size", "timm", "float32", "plain", "float32", "for_inference", "float32"]
     assert row.split()[:2] == ["pvt/pvt_v2_b0", "64x64"]
-    assert main(["bench", "pvt_v2_b0", *options, "--json"]) == 0
+    assert main(["bench", "pvt_v2_b0", *options, "--dtype", "bfloat16", "--json"]) == 0
     results = json.loads(capsys.readouterr().out)["results"]
-    assert [result["column"] for result in results] == ["timm", "plain", "for_inference"]
+    assert [result["column"] for result in results] == ["timm", "timm cast", "plain", "for_inference"]
     assert all(sum(r["by_operation"].values()) == r["operations"] for r in results)
 
 
