@@ -26,8 +26,7 @@ class FastLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim > 1 and onednn.can_run(x, self.weight):
-            rows = x.numel() // x.shape[-1]
-            packed = self._packed.get(_place(self.weight), lambda: onednn.pack_linear(self.weight, rows))
+            packed = self._packed.get(_place(self.weight), lambda: onednn.pack_linear(self.weight))
             return onednn.linear(x, packed, self.bias, self.act)
         return activate(linear(x, self.weight, self.bias), self.act, spare=True)
 
@@ -49,7 +48,7 @@ class FastConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.padding_mode == "zeros" and not isinstance(self.padding, str) and onednn.can_run(x, self.weight):
-            packed = self._packed.get(_place(self.weight), lambda: onednn.pack_conv(self, x.shape))
+            packed = self._packed.get(_place(self.weight), lambda: onednn.pack_conv(self))
             return onednn.conv(x, self, packed, self.act)
         return activate(super().forward(x), self.act, spare=True)
 

@@ -15,6 +15,10 @@ ACTIVATIONS = {
     "gelu_tanh": ("gelu", "tanh"),
 }
 
+# Sizes that weights are laid out for, always the same ones, so that results do not depend on which image came first.
+_ROWS = 1024
+_SIDE = 56
+
 _HAS_OPERATORS = (
     torch.backends.mkldnn.is_available()
     and torch.backends.cpu.get_cpu_capability().startswith("AVX")  # elsewhere PyTorch picks other libraries itself
@@ -42,9 +46,9 @@ def can_run(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def pack_linear(weight: Tensor, rows: int) -> Tensor:
-    """A weight as `linear` takes it, laid out for about so many rows."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+def pack_linear(weight: Tensor) -> Tensor:
+    """A weight as `linear` takes it."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
 
 
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None, act: str | None) -> Tensor:
@@ -53,8 +57,9 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, act: str | None) -> T
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, name, [], algorithm)
 
 
-def pack_conv(conv: torch.nn.Conv2d, size: torch.Size) -> Tensor:
-    """A convolution's weight as `conv` takes it, laid out for maps of about that size."""
+def pack_conv(conv: torch.nn.Conv2d) -> Tensor:
+    """A convolution's weight as `conv` takes it."""
+    size = (1, conv.in_channels, _SIDE, _SIDE)
     return torch._C._nn.mkldnn_reorder_conv2d_weight(
         conv.weight.detach().contiguous().to_mkldnn(), conv.padding, conv.stride, conv.dilation, conv.groups, size
     )

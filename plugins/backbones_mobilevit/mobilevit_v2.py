@@ -112,11 +112,10 @@ class FastSeparableAttention(Layer):
         weight, bias = layer.qkv_proj.weight.flatten(1), layer.qkv_proj.bias
         dim = weight.shape[1]
         self.query = nn.Parameter(weight[0].clone())  # its bias shifts all scores alike
-        self.key, self.value = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.key, self.value = FastLinear.of(nn.Linear(dim, dim)), FastLinear.of(nn.Linear(dim, dim), "relu")
         for part, start in ((self.key, 1), (self.value, 1 + dim)):
             part.weight = nn.Parameter(weight[start : start + dim].clone())
             part.bias = nn.Parameter(bias[start : start + dim].clone())
-        self.value = FastLinear.of(self.value, "relu")
         self.out_proj = layer.out_proj
         self._places = TableCache(entries=2)
 

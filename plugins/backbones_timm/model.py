@@ -22,6 +22,7 @@ from backbones.pyramid import Pyramid
 from backbones.weights import KeyLayout
 
 from . import table
+from .folding import fold_norms
 from .layouts import key_layouts
 from .measure import create, measure
 from .sources import STRIDES, Source, sources
@@ -234,6 +235,10 @@ class TimmBackbone(Backbone):
         self.model.to(device=like.device, dtype=like.dtype)
         self.num_classes = num_classes
         self.global_pool = global_pool or self.global_pool
+
+    def prepare_for_inference(self) -> nn.Module:
+        fold_norms(self.model)
+        return super().prepare_for_inference()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Turns timm's own activation checkpointing on or off.

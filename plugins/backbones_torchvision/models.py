@@ -13,11 +13,12 @@ from timm.layers import DropPath
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 from torchvision.models import get_model
+from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import Permute, StochasticDepth
 
 from backbones.backbone import Backbone
 from backbones.errors import InputError
-from backbones.layers import Blocks, pad_to_multiple
+from backbones.layers import Blocks, fold_norm, pad_to_multiple
 from backbones.weights import KeyLayout, load_pretrained
 
 from . import find_backbone
@@ -93,6 +94,16 @@ class TorchvisionBackbone(Backbone):
             if isinstance(module, nn.Dropout):
                 module.p = self.drop_rate
         return nn.Sequential(*self._classifier[1])
+
+    def prepare_for_inference(self) -> nn.Module:
+        """Residual blocks name their norms by the convolution before; other blocks are sequences, which say it."""
+        for block in [module for module in self.modules() if type(module) in (BasicBlock, Bottleneck)]:
+            for n in (1, 2, 3) if type(block) is Bottleneck else (1, 2):
+                folded = fold_norm(getattr(block, f"conv{n}"), getattr(block, f"bn{n}"))
+                if folded is not None:
+                    setattr(block, f"conv{n}", folded)
+                    setattr(block, f"bn{n}", nn.Identity())
+        return super().prepare_for_inference()
 
     def no_weight_decay(self) -> set[str]:
         """Position biases, logit scales and layer scales, beside norms and biases."""
