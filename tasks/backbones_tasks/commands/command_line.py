@@ -31,10 +31,12 @@ from ..training.callbacks import (
     checkpoints,
 )
 from ..training.finite import FiniteLoss
+from ..training.resuming import check_same
 from ..training.runs import Lock
 from ..training.sharding import FullySharded
 from ..training.task import Task
 from ..training.trial import try_single_image
+from .trust import config_arguments
 
 SHORTHANDS = {"--backbone": "--model.backbone", "--data": "--data.root"}
 FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -80,6 +82,8 @@ def _own_parser(command: str = "", task: str = "") -> argparse.ArgumentParser:
     add("--out", metavar="DIR", help="the run folder; a new run takes the next of runs/TASK-001, -002, ...")
     going_on = "goes on with a run: the newest, or the one in --out" if command == "fit" else "what to measure"
     add("--ckpt_path", metavar="last|best|FILE", help=going_on)
+    trusted = "let the config.yaml of a run folder name classes, which run code: for folders of your own"
+    add("--trust", action="store_true", help=trusted)
     if command in ("", "fit"):
         does = "print the learning rate and weight decay of every parameter instead of training"
         add("--print_groups", action="store_true", help=does)
@@ -93,7 +97,9 @@ DESCRIPTIONS = {
 }
 
 
-def as_trained(task: type[Task], checkpoint: Path, trained: Mapping[str, Any], with_config: bool = True) -> list[str]:
+def as_trained(
+    task: type[Task], checkpoint: Path, trained: Mapping[str, Any], with_config: bool = True, trust: bool = False
+) -> list[str]:
     """Arguments for a checkpoint's model, which it tells by itself, and for its data, if its run's config is there.
 
     Args:
@@ -101,10 +107,10 @@ def as_trained(task: type[Task], checkpoint: Path, trained: Mapping[str, Any], w
         checkpoint: of a run
         trained: its hyperparameters
         with_config: whether to read the config
+        trust: whether it may name code
     """
     model = {name: value for name, value in trained.items() if name not in (*task.linked, "seed")}
-    config = checkpoint.parent.parent / "config.yaml"
-    before = ["--config", str(config)] if with_config and config.is_file() else []
+    before = config_arguments(checkpoint.parent.parent / "config.yaml", task, trust) if with_config else []
     known = inspect.signature(task.data_class).parameters
     reading = {name: value for name, value in trained["reading"].items() if name in known and value is not None}
     data = [part for name, value in reading.items() for part in (f"--data.{name}", json.dumps(value))]
@@ -120,7 +126,8 @@ class CommandLine(LightningCLI):
         argv: what follows the task's name
         claim_run: gives the run folder, once the arguments are known to be right, for a number of machines; no run
             folder if None
-        trained: hyperparameters of the checkpoint that the weights will be read from, if there is one
+        trained: content of the checkpoint that the weights will be read from, if there is one
+        source: that checkpoint
     """
 
     def __init__(
@@ -130,10 +137,11 @@ class CommandLine(LightningCLI):
         argv: list[str],
         claim_run: Callable[[int], Path] | None = None,
         trained: Mapping[str, Any] | None = None,
+        source: Path | None = None,
     ):
         self.task = task
         self.claim_run = claim_run
-        self.trained = trained
+        self.trained, self.source = trained, source
         self.run_folder: Path | None = None
         self.lock: Lock | None = None
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -188,7 +196,7 @@ class CommandLine(LightningCLI):
         try:
             self.config = parser.parse_args(args)
         except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
-            raise InputError(explain(str(error), parser)) from error
+            raise InputError(" ".join(explain(str(error), parser).split())) from error
         check_ranges(self.task.name, "", {"seed_everything": self.config.seed_everything})
 
     def before_instantiate_classes(self) -> None:
@@ -205,14 +213,17 @@ class CommandLine(LightningCLI):
         backbone = told.model.backbone
         if self.trained is not None and isinstance(backbone, Mapping) and backbone.get("pretrained"):
             self.config = told.clone()
-            own = {"pretrained": False, "pretrained_cfg": self.trained["backbone"]["pretrained_cfg"]}
+            options = self.trained["hyper_parameters"]
+            own = {"pretrained": False, "pretrained_cfg": options["backbone"]["pretrained_cfg"]}
             self.config.model.backbone = {**backbone, **own}
             if told.model.layer_decay is None:
-                self.config.model.layer_decay = self.trained["layer_decay"]
+                self.config.model.layer_decay = options["layer_decay"]
         super().instantiate_classes()
         self.config = told
 
     def instantiate_trainer(self, **options: Any) -> Trainer:
+        if self.trained is not None and self.source is not None:
+            check_same(self.model, self.trained, self.source)
         if self.claim_run:
             if self.config.trainer.sync_batchnorm and self.config.trainer.accelerator == "cpu":
                 raise InputError("trainer.sync_batchnorm works on GPUs alone")

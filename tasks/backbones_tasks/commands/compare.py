@@ -17,6 +17,7 @@ from ..training.task import Task
 from ..training.tasks import find_task
 from .command_line import CommandLine, own_options, write_config
 from .comparison import Comparison, is_comparison
+from .trust import config_arguments
 
 _DESCRIPTION = (
     "Train the same recipe on several backbones, one after another, each in a process of its own, and put score, "
@@ -81,7 +82,7 @@ def _open(task: type[Task], own: argparse.Namespace, argv: Sequence[str]) -> Com
 
     if own.out is not None and is_comparison(own.out):
         comparison = Comparison.read(own.out, task)
-        before = ["--config", str(own.out / "recipe.yaml")]
+        before = config_arguments(own.out / "recipe.yaml", task, fit.trust)
         recipe = Recipe("fit", task, before)
         changed = Recipe("fit", task, argv if fit.has_config else [*before, *argv])
         if differences := _differences(recipe.values(), changed.values()):

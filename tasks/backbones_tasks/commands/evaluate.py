@@ -34,14 +34,9 @@ def _evaluate(command: str, task: type[Task], own: argparse.Namespace, argv: lis
     checkpoint = Path(own.ckpt_path)
     if own.ckpt_path in ("best", "last"):
         checkpoint = (Path(own.out) if own.out else newest_run(task.name)) / "checkpoints" / f"{own.ckpt_path}.ckpt"
-    trained = read_checkpoint(checkpoint, task.name)["hyper_parameters"]
-    argv = [*as_trained(task, checkpoint, trained, not own.has_config), *argv]
-    cli = CommandLine(command, task, argv, trained=trained)
-    if cli.datamodule.class_names != trained["class_names"]:
-        raise InputError(
-            f"{checkpoint} was trained on the classes {', '.join(trained['class_names'])}, but the data have "
-            f"{', '.join(cli.datamodule.class_names)}"
-        )
+    trained = read_checkpoint(checkpoint, task.name)
+    argv = [*as_trained(task, checkpoint, trained["hyper_parameters"], not own.has_config, own.trust), *argv]
+    cli = CommandLine(command, task, argv, trained=trained, source=checkpoint)
     if is_run(checkpoint.parent.parent):
         cli.model.folder = checkpoint.parent.parent
     measure = cli.trainer.validate if command == "validate" else cli.trainer.test

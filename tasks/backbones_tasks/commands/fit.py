@@ -3,11 +3,15 @@
 import argparse
 import errno
 import math
+import os
 import re
 import shlex
 import subprocess
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pytorch_lightning import LightningDataModule, Trainer
 from pytorch_lightning.utilities.exceptions import SIGTERMException
@@ -24,6 +28,7 @@ from ..training.runs import is_run, new_run, newest_run, read_checkpoint, termin
 from ..training.task import Task
 from ..training.tasks import find_task
 from .command_line import CommandLine, own_options, write_config
+from .trust import config_arguments
 
 
 def run_fit(name: str, argv: Sequence[str]) -> int:
@@ -41,13 +46,15 @@ def run_fit(name: str, argv: Sequence[str]) -> int:
 
 def _fit(task: type[Task], own: argparse.Namespace, argv: list[str]) -> int:
     run, checkpoint = _find_run(task.name, own)
-    if run is not None and (run / "config.yaml").is_file() and not own.has_config:
-        argv = ["--config", str(run / "config.yaml"), *argv]
+    if run is not None and not own.has_config:
+        argv = [*config_arguments(run / "config.yaml", task, own.trust), *argv]
     if own.print_groups:
         print_groups(CommandLine("fit", task, argv).model)
         return 0
-    trained = None if checkpoint is None else read_checkpoint(checkpoint, task.name)["hyper_parameters"]
-    cli = CommandLine("fit", task, argv, lambda nodes: run or new_run(task.name, own.out, nodes), trained)
+    trained = None if checkpoint is None else read_checkpoint(checkpoint, task.name)
+    if trained is not None and not {"loops", "optimizer_states", "epoch"} <= trained.keys():
+        raise InputError(f"{checkpoint} holds weights alone, and no state of a training to go on with")
+    cli = CommandLine("fit", task, argv, lambda nodes: run or new_run(task.name, own.out, nodes), trained, checkpoint)
     try:
         return _train(cli, own, checkpoint)
     finally:
@@ -64,7 +71,7 @@ def _train(cli: CommandLine, own: argparse.Namespace, checkpoint: Path | None) -
                 "starting anew: this run has no checkpoint yet" if checkpoint is None else f"going on from {checkpoint}"
             )
     try:
-        with terminable():
+        with terminable(), _quiet_writers(run):
             trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
     except SIGTERMException:  # as Lightning raises it under SLURM
         return 143
@@ -124,7 +131,23 @@ def _of_run(error: OSError, run: Path) -> bool:
     """Whether it is about writing into the run folder."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
         return True
-    return error.filename is not None and Path(str(error.filename)).absolute().is_relative_to(run.absolute())
+    return error.filename is not None and Path(os.fsdecode(error.filename)).absolute().is_relative_to(run.absolute())
+
+
+@contextmanager
+def _quiet_writers(run: Path) -> Iterator[None]:
+    """TensorBoard writes in a thread, whose traceback about a run folder would hide what the run itself says of it."""
+    hook = threading.excepthook
+
+    def told(args: Any) -> None:
+        if not (isinstance(args.exc_value, OSError) and _of_run(args.exc_value, run)):
+            hook(args)
+
+    threading.excepthook = told
+    try:
+        yield
+    finally:
+        threading.excepthook = hook
 
 
 def _end_others(trainer: Trainer) -> None:

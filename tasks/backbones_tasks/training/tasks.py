@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from backbones.errors import BackboneError, WeightsError
+from backbones.errors import BackboneError, InputError, WeightsError
 from backbones.weights import require_whole
 
 from ..models.base import HoldsBackbone
@@ -92,7 +92,11 @@ def _data_root(config: Path) -> str | None:
     """What a run was trained on, by the name of its folder."""
     if not config.is_file():
         return None
-    data = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("data") or {}
-    if "root" not in data:
-        return None
-    return Path(data["root"]).expanduser().resolve().name if data["root"] else "coloured shapes, drawn on the fly"
+    try:
+        data = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("data") or {}
+        if "root" not in data:
+            return None
+        root = data["root"] and str(data["root"])
+    except (AttributeError, TypeError, UnicodeError, yaml.YAMLError) as error:
+        raise InputError(f"{config} is no config of options: {error}") from error
+    return Path(root).expanduser().resolve().name if root else "coloured shapes, drawn on the fly"
