@@ -16,12 +16,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from backbones import Backbone, for_inference, saving
-from backbones.errors import BackboneError, InputError
+from backbones.errors import BackboneError, InputError, MissingDependency
 from backbones.layers.padding import is_exporting
 
 from ..models.classifier import Classifier
@@ -141,12 +142,17 @@ def export_model(
     Raises:
         ExportError: torch cannot export the model, or what it exported differs from it
         InputError: a model or an option that cannot work
-        MissingDependency: the format needs a package that is not there
+        MissingDependency: the format needs a package that is not there, or a newer torch
     """
     if format not in SUFFIXES:
         raise InputError(f"format={format!r} is unknown; choose from {', '.join(SUFFIXES)}")
     if format == "onnx":
         require("export to ONNX", "export", "onnx", "onnxscript", "onnxruntime")
+        if Version(torch.__version__) < Version("2.7"):
+            raise MissingDependency(
+                f"export to ONNX needs torch 2.7, and {torch.__version__} is installed; "
+                "run `pip install 'torch>=2.7'`, or take --format torch-export"
+            )
     file = Path(file).expanduser().absolute()
     if not file.parent.is_dir():
         raise InputError(f"{file}: there is no folder {file.parent}")

@@ -79,7 +79,6 @@ def normalised(model, images):
 # What is written
 
 
-@pytest.mark.skipif(torch.__version__.startswith("2.6"), reason="torch 2.6 has no ONNX for resizing to symbolic sides")
 def test_a_segmenter_in_onnx_takes_any_batch_and_size(tmp_path, randomise):
     model = randomise(segmenter())
     exported = export_model(model, tmp_path / "model.onnx")
@@ -217,6 +216,12 @@ def test_plain_backbones_need_nothing_for_training():
 def test_a_missing_package_is_named_with_the_line_that_installs_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(MissingDependency, match=r"needs onnxscript; run `pip install 'dense-backbones\[export\]'`"):
+        export_model(segmenter(), tmp_path / "model.onnx")
+
+
+def test_a_torch_that_onnxscript_has_left_behind_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cpu")
+    with pytest.raises(MissingDependency, match=r"ONNX needs torch 2.7, and 2.6.0\+cpu is installed; run `pip install"):
         export_model(segmenter(), tmp_path / "model.onnx")
 
 
