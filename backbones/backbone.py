@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from numbers import Integral
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from huggingface_hub import CommitInfo
@@ -43,7 +43,7 @@ MOST_CHANNELS, MOST_CLASSES = 10_000, 10_000_000
 OutIndices = int | Sequence[int] | None
 
 
-class _Finished(type(nn.Module)):
+class _Finished(type):
     """Calls `_finish` once the outermost constructor has returned, so that no architecture has to."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -217,7 +217,7 @@ class Backbone(Layer, metaclass=_Finished):
         self._check_images(images)
         padded = self.pad(images)
         with hooks_kept(self) if self.overwrites and not self.fast else nullcontext():
-            features = self.forward_features(padded)
+            features: Any = self.forward_features(padded)
         if not self.features_only:
             return self.forward_head(features)
         maps = []
@@ -227,6 +227,9 @@ class Backbone(Layer, metaclass=_Finished):
                 self._check_map(i, m, images, padded)
             maps.append(crop_to(m, *(ceil_div(side, stride) for side in images.shape[-2:])))
         return maps
+
+    if TYPE_CHECKING:  # torch says that calling a module gives Any
+        __call__ = forward
 
     def forward_features(self, images: Tensor) -> Sequence[Tensor] | Mapping[int, Tensor] | Tensor:
         """Maps by index, those asked for at least; of a classifier, its last map, normed and unpooled."""
@@ -286,7 +289,7 @@ class Backbone(Layer, metaclass=_Finished):
             for parameter, _ in module.named_parameters()
         }
 
-    def save_pretrained(self, folder: str | os.PathLike) -> Path:
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Writes weights, options and a model card into a folder, for `backbones.from_pretrained(folder)`.
 
         Raises:
@@ -335,11 +338,13 @@ class Backbone(Layer, metaclass=_Finished):
 
     def drop_path_rates(self, depths: Sequence[int]) -> list[list[float]]:
         """Rates per stage and block, rising linearly over the whole depth, whatever is pruned."""
-        return calculate_drop_path_rates(self.drop_path_rate, list(depths), stagewise=True)
+        rates: Any = calculate_drop_path_rates(self.drop_path_rate, list(depths), stagewise=True)
+        return rates
 
     def freezable(self) -> list[list[nn.Module | nn.Parameter]]:
         """Parts in the order in which `frozen_stages` takes them: the stem, then one entry per stage."""
-        return [[self.stem], *([stage] for stage in self.stages)]
+        stages: list[list[nn.Module | nn.Parameter]] = [[stage] for stage in self.stages]
+        return [[self.stem], *stages]
 
     def make_norm(self) -> nn.Module:
         """Norm between a classifier's last stage and its pooling; none unless an architecture has one."""

@@ -98,7 +98,7 @@ def _set_filters(filters: list[Any]) -> None:
 
 def _torch() -> tuple[Any, bool] | None:
     """torch's default dtype and grad mode; None for what they are when it is imported."""
-    torch = sys.modules.get("torch")
+    torch: Any = sys.modules.get("torch")
     if not hasattr(torch, "is_grad_enabled"):
         return None
     state = (torch.get_default_dtype(), torch.is_grad_enabled())

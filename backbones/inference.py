@@ -100,7 +100,7 @@ class Predicting:
             outputs = super().forward(*inputs, **options)
         return outputs if self.inference_dtype is None or given is None else _cast(outputs, given)
 
-    def __reduce_ex__(self, protocol: int) -> Any:
+    def __reduce_ex__(self, protocol: Any) -> Any:
         _, _, *rest = super().__reduce_ex__(protocol)  # pickles find no class that was made at run time
         return _restore, (type(self).__mro__[2],), *rest
 

@@ -170,8 +170,9 @@ class _Wrapped(Backbone):
     # What a module of any kind can keep
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        if hasattr(self.module, "set_grad_checkpointing"):
-            self.module.set_grad_checkpointing(enable)
+        set_in_module: Any = getattr(self.module, "set_grad_checkpointing", None)
+        if set_in_module is not None:
+            set_in_module(enable)
         elif enable:
             raise InputError(
                 f"wrap({self._name}): checkpointing=True is not possible, because the module has no "

@@ -48,7 +48,7 @@ class TableCache:
             self._tables[key] = table
         return table
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return TableCache, (self.entries, self.largest)
 
 

@@ -46,7 +46,7 @@ def _is_augmented(frame: FrameType) -> bool:
     return name.startswith("INPLACE_") or (name == "BINARY_OP" and argument >= 13)
 
 
-def hooks_kept(model: nn.Module) -> AbstractContextManager:
+def hooks_kept(model: nn.Module) -> AbstractContextManager[object]:
     """While it lasts, what a forward hook in `model` has seen is not overwritten; costs nothing where there is none."""
     if torch.compiler.is_compiling() or not any(module._forward_hooks for module in model.modules()):
         return nullcontext()

@@ -22,7 +22,7 @@ class PositionBias(Layer):
     #: A tensor where the numbers are computed, as precise as they are.
     like: Tensor
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self._biases = TableCache(entries=2)  # the square of a map's cells, times heads: worth keeping few
 

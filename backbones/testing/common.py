@@ -67,6 +67,11 @@ def expected_shapes(model: Backbone, batch: int, height: int, width: int) -> lis
     ]
 
 
+def loss_of(model: Backbone, images: Tensor) -> Tensor:
+    """A number whose gradient reaches all that the maps depend on."""
+    return torch.stack([m.square().mean() for m in model(images)]).sum()
+
+
 def parameters_of(part: nn.Module | nn.Parameter) -> list[nn.Parameter]:
     return [part] if isinstance(part, nn.Parameter) else list(part.parameters())
 

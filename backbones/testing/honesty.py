@@ -98,7 +98,8 @@ def check_written_parameters(build: Build) -> None:
                 "its deepcopy": copy.deepcopy(model),
             }.items():
                 pairs = zip(model.out_indices, maps, other(images), strict=True)
-                stale = [i for i, a, b in pairs if not torch.equal(a, b)]
+                # Not to the bit: where in memory a parameter lies decides by which instructions it is read.
+                stale = [i for i, a, b in pairs if (a - b).abs().max() > 1e-4 * b.abs().max()]
                 require(
                     not stale,
                     f"after {how}, maps {stale} differ from those of {name}",
@@ -119,12 +120,10 @@ def check_frozen_norms(build: Build) -> None:
     frozen = copy.deepcopy(model)
     for name in names:
         frozen.set_submodule(name, _Frozen(frozen.get_submodule(name)))
+    frozen.train()(images)  # what it gives is drawn at random where there is dropout
     with torch.no_grad():
-        maps = model.eval()(images)
-        for training in (False, True):
-            for a, b in zip(frozen.train(training)(images), maps, strict=True):
-                what = f"with frozen batch norms in place of {len(names)}, in {_mode(training, False)}, a map differs"
-                require_close(a, b, what, tolerance=1e-4)
+        for a, b in zip(frozen.eval()(images), model.eval()(images), strict=True):
+            require_close(a, b, f"with frozen batch norms in place of {len(names)}, a map differs", tolerance=1e-4)
 
 
 def check_for_inference(build: Build) -> None:

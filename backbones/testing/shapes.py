@@ -114,14 +114,14 @@ def check_in_chans(build: Build) -> None:
 def check_classifier(build: Build) -> None:
     """`features_only=False` is a classifier with timm's interface."""
     try:
-        model = build(features_only=False, num_classes=7).eval()
+        model: Any = build(features_only=False, num_classes=7).eval()  # returns logits, which `Backbone` cannot tell
     except InputError as error:
         raise Skipped(str(error)) from None
     images = random_images(model, 70, 90)
     with torch.no_grad():
         logits = model(images)
         require(logits.shape == (2, 7), f"expected logits of (2, 7), got {tuple(logits.shape)}", "")
-        features: Any = model.forward_features(images)  # what that is, only the architecture knows
+        features = model.forward_features(images)
         again = model.forward_head(features)
         require_close(again, logits, "forward_head(forward_features(x)) differs from forward(x)")
         model.reset_classifier(3)

@@ -7,7 +7,7 @@ from timm.layers import DropPath
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from .common import Build, disturb, parameters_of, random_images, require, require_close, seeded, some
+from .common import Build, disturb, loss_of, parameters_of, random_images, require, require_close, seeded, some
 
 
 def check_drop_path(build: Build) -> None:
@@ -36,7 +36,7 @@ def check_gradients(build: Build) -> None:
     """Gradients of the maps reach every parameter that learns."""
     model = build()
     disturb(model)  # branches whose last norm starts at zero let no gradient through at first
-    sum(m.square().mean() for m in model(random_images(model, 70, 90))).backward()
+    loss_of(model, random_images(model, 70, 90)).backward()
     learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
     # A bias may have none for a reason: one that shifts all logits of a softmax alike changes nothing.
     missing = [n for n, p in learning.items() if p.grad is None or (p.ndim > 1 and not p.grad.any())]
@@ -68,7 +68,7 @@ def check_frozen_stages(build: Build) -> None:
             f"frozen_stages={frozen} freezes {len(held)} parameters, and leaves {len(learning)}",
             "let freezable() return the stem, then one entry per stage",
         )
-        sum(m.square().mean() for m in model(random_images(model, 64, 64))).backward()
+        loss_of(model, random_images(model, 64, 64)).backward()
         torch.optim.SGD(learning, lr=0.1).step()
         after = model.state_dict()
         moved = [n for n in names & after.keys() if not torch.equal(before[n], after[n])]
@@ -101,7 +101,7 @@ def check_checkpointing(build: Build) -> None:
     for checkpointing in (False, True):
         model = build(checkpointing=checkpointing, drop_path_rate=0.2)
         with seeded(1):
-            sum(m.square().mean() for m in model(torch.randn(2, model.in_chans, 64, 64))).backward()
+            loss_of(model, torch.randn(2, model.in_chans, 64, 64)).backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
         buffers.append({n: b.double() for n, b in model.named_buffers()})
     lost = gradients[0].keys() - gradients[1].keys()

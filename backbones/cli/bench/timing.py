@@ -136,7 +136,8 @@ def _runner(case: Case, model: "nn.Module", images: "Tensor") -> Callable[[], ob
     else:
         layout = torch.channels_last if case.channels_last else torch.preserve_format
         kind = dtype if case.cast else torch.float32
-        model, images = model.to(kind, memory_format=layout), images.to(kind, memory_format=layout)
+        anything: Any = model  # torch's own types know no memory format beside a dtype
+        model, images = anything.to(kind, memory_format=layout), images.to(kind, memory_format=layout)
     call = torch.compile(model, dynamic=False) if case.compile and not case.for_inference else model
     mixed = case.dtype != "float32" and not (case.for_inference or case.cast)
     autocast = torch.autocast(torch.device(case.device).type, dtype, enabled=mixed)

@@ -226,8 +226,10 @@ def _image(entry: Any) -> tuple[int, str, tuple[int, int]]:
     """Id, file name and (H, W) of an image's entry; ValueError(kind of fault, where) for what is missing or wrong."""
     if not isinstance(entry, dict):
         raise ValueError("image entry that is no object", repr(entry)[:100])
-    number, name = _key(entry.get("id")), entry.get("file_name")
-    height, width = (_key(entry.get(side)) for side in ("height", "width"))
+    number: Any = _key(entry.get("id"))
+    name, sides = entry.get("file_name"), [_key(entry.get(side)) for side in ("height", "width")]
+    height: Any = sides[0]
+    width: Any = sides[1]
     where = name if isinstance(name, str) and name else repr(entry)[:100]
     for label, value in (("id", number), ("width", width), ("height", height)):
         if value is None:

@@ -290,7 +290,7 @@ class DetectionData(DataModule):
         sampler = EpochSampler(len(dataset), self.seed, *self.rank())
         return self.loader(dataset, batch_sampler=AspectRatioBatches(sampler, dataset.sizes, self.batch_size))
 
-    def loader(self, dataset: Dataset, **options) -> DataLoader:
+    def loader(self, dataset: Dataset, **options: Any) -> DataLoader:
         return super().loader(dataset, collate_fn=collate, **options)
 
     def _tell(self, faults: list[tuple[Faults, list[Sample]]]) -> None:

@@ -52,7 +52,7 @@ class BandJitter(v2.Transform):
         low, high = max(0.0, 1 - self.strength), 1 + self.strength
         return {name: low + (high - low) * torch.rand(()).item() for name in ("brightness", "contrast")}
 
-    def transform(self, inpt, params: dict):
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         if not isinstance(inpt, tv_tensors.Image):
             return inpt
         values = inpt.as_subclass(torch.Tensor).float() * params["brightness"]
@@ -277,7 +277,7 @@ class DataModule(LightningDataModule):
         """The number of this process, and how many there are."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def loader(self, dataset: Dataset, **options) -> DataLoader:
+    def loader(self, dataset: Dataset, **options: Any) -> DataLoader:
         """A `DataLoader` with this module's workers."""
         return DataLoader(
             dataset,

@@ -1,7 +1,7 @@
 """Images too large for memory: read and written in bands of rows, by rasterio."""
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ class Raster:
         return resampling.average if self._palette is None else resampling.nearest
 
     @contextlib.contextmanager
-    def _reading(self):
+    def _reading(self) -> Iterator[None]:
         try:
             yield
         except (self._rasterio.errors.RasterioError, ValueError, UnreadableImage) as error:

@@ -41,7 +41,7 @@ class Reading:
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("range", "bands", "mean", "std"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -126,7 +126,7 @@ class RandomScale(v2.Transform):
         factor = float(np.exp(low + (high - low) * torch.rand(()).item()))
         return {"size": [max(1, round(side * factor)) for side in v2.functional.get_size(flat_inputs[0])]}
 
-    def transform(self, inpt, params: dict):
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         return self._call_kernel(v2.functional.resize, inpt, size=params["size"], antialias=True)
 
 

@@ -2,13 +2,13 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from backbones import build_backbone
+from backbones import LoadReport, build_backbone
 from backbones.errors import InputError
 from backbones.plain import json_values
 from backbones.weights import is_new
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 BackboneLike = str | Mapping[str, Any] | nn.Module
+Model = TypeVar("Model", bound="HoldsBackbone")
 
 
-class HoldsBackbone:
+class HoldsBackbone(nn.Module):
     """A model for a task, with a backbone at `backbone_path`: timm's methods for layer-wise rates, and saving."""
 
     backbone_path: ClassVar[str] = "backbone"
@@ -33,6 +34,8 @@ class HoldsBackbone:
     unsaved_options: list[str]
     #: What users of a saved model want to know: "class_names", "data", "metrics", ...
     metadata: dict[str, Any]
+    #: What became of the weights that `from_pretrained` read.
+    load_report: LoadReport
 
     @property
     def inner_backbone(self) -> nn.Module:
@@ -63,7 +66,7 @@ class HoldsBackbone:
         """What its builder has to be given, beside the backbone, to build it as it is now."""
         return self.build_options
 
-    def save_pretrained(self, folder: str | os.PathLike) -> Path:
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Writes weights, options and a model card into a folder, for `backbones_tasks.from_pretrained(folder)`.
 
         Raises:
@@ -81,7 +84,19 @@ class HoldsBackbone:
         return saving.push_to_hub(self, repo_id, **options)
 
 
-def recorded(model: HoldsBackbone, task: str, **options: Any) -> Any:
+class Detector(HoldsBackbone):
+    """What `build_detector` returns: one of torchvision's classes with a backbone of ours, called as theirs."""
+
+    backbone_path = "backbone.body"
+
+    if TYPE_CHECKING:  # torchvision has no types
+
+        def __call__(
+            self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | None = None
+        ) -> dict[str, Tensor] | list[dict[str, Tensor]]: ...
+
+
+def recorded(model: Model, task: str, **options: Any) -> Model:
     """A task model that knows what its builder was given, so that it can be saved."""
     model.task, model.build_options, model.metadata = task, json_values(options), {}
     model.unsaved_options = sorted(options.keys() - model.build_options.keys())

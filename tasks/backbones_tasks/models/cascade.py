@@ -11,10 +11,10 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
 from torchvision.ops import clip_boxes_to_image
 
-from .base import HoldsBackbone
+from .base import Detector
 
 
-class CascadeRCNN(HoldsBackbone, detection.FasterRCNN):
+class CascadeRCNN(Detector, detection.FasterRCNN):
     """torchvision's Faster R-CNN with a cascade of box heads; see `build_detector` and `CascadeHeads`.
 
     Args:
@@ -23,8 +23,6 @@ class CascadeRCNN(HoldsBackbone, detection.FasterRCNN):
         box_channels: width of each head
         options: of torchvision's FasterRCNN
     """
-
-    backbone_path = "backbone.body"
 
     def __init__(self, backbone: nn.Module, num_classes: int, box_channels: int, **options: Any):
         super().__init__(backbone, box_head=nn.Identity(), box_predictor=nn.Identity(), **options)

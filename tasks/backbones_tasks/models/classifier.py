@@ -1,7 +1,7 @@
 """Classification models: any backbone, with its published classifier or one on its last map."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -77,7 +77,7 @@ def map_indices(strides: Mapping[int, int], **options: Any) -> list[int]:
     return [max(strides)]
 
 
-class Classifier(HoldsBackbone, nn.Module):
+class Classifier(HoldsBackbone):
     """A backbone and what makes logits of it; see `build_classifier`.
 
     Args:
@@ -94,6 +94,9 @@ class Classifier(HoldsBackbone, nn.Module):
         """Logits (B, num_classes) of images (B, C, H, W); of distilled models in training, the pair of both heads."""
         features = self.backbone(images)
         return features if self.head is None else self.head(features[-1])
+
+    if TYPE_CHECKING:  # torch says that calling a module gives Any
+        __call__ = forward
 
     def saved_options(self) -> dict[str, Any]:
         """What `build_classifier` takes; the published classifier in the backbone tells how itself it pools now."""

@@ -24,7 +24,7 @@ from backbones import backbone_info
 from backbones.errors import InputError
 
 from ..options import nearest
-from .base import BackboneLike, HoldsBackbone, backbone_options, make_backbone, recorded
+from .base import BackboneLike, Detector, backbone_options, make_backbone, recorded
 from .cascade import CascadeRCNN
 from .resizing import resizing
 
@@ -45,7 +45,7 @@ def build_detector(
     fpn_channels: int = 256,
     batch_norm: Literal["train", "frozen", "sync"] = "train",
     **options: Any,
-) -> nn.Module:
+) -> Detector:
     """Build one of torchvision's detectors on any backbone.
 
     The model is torchvision's in every respect: called with a list of images (C, H, W) in [0, 1] of any sizes and,
@@ -93,7 +93,7 @@ def build_detector(
     model = build(architecture, neck, num_classes, **{**defaults, **options})
     model.transform = resizing(model.transform)
     # convolutions on a CPU are much faster on channels-last maps, which is what backbones return
-    model = model.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)
     own = {"architecture": architecture, "num_classes": num_classes, "fpn_channels": fpn_channels}
     statistics = {name: defaults[name] for name in ("image_mean", "image_std")}  # what no weights hold
     return recorded(model, "detection", **own, batch_norm=batch_norm, **{**statistics, **options})
@@ -154,7 +154,8 @@ class FeaturePyramid(nn.Module):
     @property
     def canonical_name(self) -> str:
         """That of the body."""
-        return self.body.canonical_name
+        name: Any = self.body.canonical_name
+        return name
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         return self.fpn(OrderedDict((str(i), m) for i, m in enumerate(self.body(images))))
@@ -196,28 +197,20 @@ class MapOfScale(LevelMapper):
         return torch.stack([octaves >= offset for offset in self.offsets]).sum(0) - 1
 
 
-class FasterRCNN(HoldsBackbone, detection.FasterRCNN):
+class FasterRCNN(Detector, detection.FasterRCNN):
     """torchvision's Faster R-CNN; see `build_detector`."""
 
-    backbone_path = "backbone.body"
 
-
-class MaskRCNN(HoldsBackbone, detection.MaskRCNN):
+class MaskRCNN(Detector, detection.MaskRCNN):
     """torchvision's Mask R-CNN; see `build_detector`."""
 
-    backbone_path = "backbone.body"
 
-
-class RetinaNet(HoldsBackbone, detection.RetinaNet):
+class RetinaNet(Detector, detection.RetinaNet):
     """torchvision's RetinaNet; see `build_detector`."""
 
-    backbone_path = "backbone.body"
 
-
-class FCOS(HoldsBackbone, detection.FCOS):
+class FCOS(Detector, detection.FCOS):
     """torchvision's FCOS; see `build_detector`."""
-
-    backbone_path = "backbone.body"
 
 
 def _build_rcnn(
@@ -230,7 +223,7 @@ def _build_rcnn(
     box_channels: int = 1024,
     mask_channels: int = 256,
     **options: Any,
-) -> nn.Module:
+) -> Detector:
     options = {_BOX_OPTIONS.get(name, name): value for name, value in options.items()}
     if options.get("rpn_anchor_generator") is None:
         sizes = anchor_sizes or _anchor_sizes(neck.scales, base=8, per_octave=1)
@@ -271,7 +264,7 @@ def _build_dense(
     anchor_sizes: Sequence[Sequence[int]] | None = None,
     aspect_ratios: Sequence[float] = (0.5, 1.0, 2.0),
     **options: Any,
-) -> nn.Module:
+) -> Detector:
     if options.get("anchor_generator") is None:
         if architecture == "fcos":
             # each level is for objects of 4 to 8 times its anchor: a doubling left out would leave some to no level
@@ -288,7 +281,7 @@ def _build_dense(
     return model
 
 
-_CLASSES = {
+_CLASSES: dict[str, type[Detector]] = {
     "faster_rcnn": FasterRCNN,
     "mask_rcnn": MaskRCNN,
     "cascade_rcnn": CascadeRCNN,

@@ -109,12 +109,13 @@ class Deployable(nn.Module):
 
 def inner_backbone(model: nn.Module) -> nn.Module:
     """The backbone in a model, or the model if it is one."""
-    return model if isinstance(model, Backbone) else model.inner_backbone
+    inner: Any = model if isinstance(model, Backbone) else model.inner_backbone
+    return inner
 
 
 def export_model(
     model: nn.Module,
-    file: str | os.PathLike,
+    file: str | os.PathLike[str],
     *,
     format: str = "onnx",
     normalise: bool = True,

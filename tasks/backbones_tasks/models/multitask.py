@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ def build_multitask(
     return MultiTaskModel(backbone, {name: (given | built)[name] for name in heads}, image_size)
 
 
-class MultiTaskModel(HoldsBackbone, nn.Module):
+class MultiTaskModel(HoldsBackbone):
     """A backbone and heads that share it; see `build_multitask`.
 
     In training mode, each of `heads` is called by itself, as `build_detector`, `build_segmenter` or `build_classifier`
@@ -156,6 +156,9 @@ class MultiTaskModel(HoldsBackbone, nn.Module):
             else:
                 results[name] = torch.cat(said)
         return results
+
+    if TYPE_CHECKING:  # torch says that calling a module gives Any
+        __call__ = forward
 
     def _padded(self, pixels: Tensor) -> Tensor:
         """At least as large as any head needs."""

@@ -1,7 +1,7 @@
 """Models for tasks, from the folders and repositories that `save_pretrained` and `push_to_hub` wrote."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from .detector import build_detector
 from .multitask import build_multitask
 from .segmenter import build_segmenter
 
-_BUILDERS = {
+_BUILDERS: dict[str, Callable[..., HoldsBackbone]] = {
     "segmentation": build_segmenter,
     "classification": build_classifier,
     "detection": build_detector,
@@ -28,13 +28,13 @@ _FIELDS = {"task": str, "options": dict, "backbone": dict}
 
 
 def from_pretrained(
-    source: str | os.PathLike,
+    source: str | os.PathLike[str],
     *,
     revision: str | None = None,
     token: str | bool | None = None,
     backbone: Mapping[str, Any] | None = None,
     **options: Any,
-) -> Any:
+) -> HoldsBackbone:
     """Build a model for a task that `save_pretrained`, `push_to_hub` or `backbones share` saved, with its weights.
 
     Args:

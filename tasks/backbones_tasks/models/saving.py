@@ -41,7 +41,7 @@ class TaskModel(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
-def save_pretrained(model: TaskModel, folder: str | os.PathLike, *, name: str | None = None) -> Path:
+def save_pretrained(model: TaskModel, folder: str | os.PathLike[str], *, name: str | None = None) -> Path:
     """Write a model for a task into a folder that `from_pretrained` builds it from again.
 
     The folder then holds `config.json` (task, architecture, options, and which backbone of which plugin),

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import segmentation_models_pytorch as smp
 import torch
@@ -87,7 +87,7 @@ def build_segmenter(
     return recorded(segmenter, "segmentation", **own, **decoder_options)
 
 
-class Segmenter(HoldsBackbone, nn.Module):
+class Segmenter(HoldsBackbone):
     """A backbone, a decoder of segmentation-models-pytorch and its head; see `build_segmenter`.
 
     Args:
@@ -127,6 +127,9 @@ class Segmenter(HoldsBackbone, nn.Module):
         if self.aux_head is None or not self.training:
             return logits
         return logits, self._crop(self.aux_head(pyramid[4]), padded, images)
+
+    if TYPE_CHECKING:  # torch says that calling a module gives Any
+        __call__ = forward
 
     def _pad(self, images: torch.Tensor) -> torch.Tensor:
         padded = pad_to_multiple(images, self.divisor)

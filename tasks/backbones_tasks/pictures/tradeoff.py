@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -80,7 +81,7 @@ def _unbeaten(latencies: Sequence[float], scores: Sequence[float]) -> list[int]:
     return kept
 
 
-def _place_names(figure, axis, names, xs, ys, areas) -> None:
+def _place_names(figure: Any, axis: Any, names: Any, xs: Any, ys: Any, areas: Any) -> None:
     """Write each name beside its circle, where it covers no other name or circle, if there is such a place."""
     from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox

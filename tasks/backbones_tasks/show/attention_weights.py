@@ -188,7 +188,7 @@ class _Softmax(TorchDispatchMode):
         self.names = names
         self.see = see
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in SOFTMAX and result.ndim >= 4 and args[1] % result.ndim == result.ndim - 1:
             self.see(self.names[-1], result.detach())
@@ -212,7 +212,7 @@ def _names_of_modules(model: Backbone) -> Iterator[list[str]]:
     running: list[str] = []
     handles = []
 
-    def leave(*_) -> None:
+    def leave(*_: object) -> None:
         running.pop()
 
     for name, module in model.named_modules():

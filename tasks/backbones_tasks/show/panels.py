@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ def _panels(figure: FigureBase, rows: int, columns: int) -> np.ndarray:
     return axes
 
 
-def set_heading(figure: FigureBase, text: str, size: float = 10, **style) -> None:
+def set_heading(figure: FigureBase, text: str, size: float = 10, **style: Any) -> None:
     """A title over a figure, or over a part of one, in as many lines as its width takes."""
     characters = int(figure.bbox.width / figure.dpi * 125 / size)
     lines = [wrapped for line in text.splitlines() for wrapped in textwrap.wrap(line, characters)]
@@ -72,7 +73,7 @@ def draw_photo(axis: Axes, photo: Photo, title: str = "image") -> None:
     axis.set_title(title, fontsize=TITLE)
 
 
-def draw_map(axis: Axes, cells: np.ndarray, stride: float, size: tuple[int, int], title: str = "", **style):
+def draw_map(axis: Axes, cells: np.ndarray, stride: float, size: tuple[int, int], title: str = "", **style: Any) -> Any:
     """Cells (h, w) or (h, w, 3) where they lie in an image of a size, the last ones cut off at its borders."""
     extent = (0, cells.shape[1] * stride, cells.shape[0] * stride, 0)
     drawn = axis.imshow(cells, extent=extent, interpolation="nearest", **style)

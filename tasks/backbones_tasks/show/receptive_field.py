@@ -123,7 +123,8 @@ def receptive_fields(
 
 def centre(field: Tensor, stride: int) -> tuple[float, float]:
     """Middle, as (y, x) in pixels, of the cell whose gradient it is."""
-    return tuple((math.ceil(side / stride) // 2 + 0.5) * stride for side in field.shape)
+    y, x = ((math.ceil(side / stride) // 2 + 0.5) * stride for side in field.shape)
+    return y, x
 
 
 def radius(field: Tensor, stride: int, share: float) -> float:

@@ -1,7 +1,7 @@
 """Whom a picture is of: a backbone in eval mode and what it is to be called, built from the command line."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -85,7 +85,7 @@ def file_name(name: str) -> str:
     return name.replace("/", "-")
 
 
-def _weights(given: list[str] | None, count: int) -> list[bool | str]:
+def _weights(given: list[str] | None, count: int) -> Sequence[bool | str]:
     if not given:
         return [given is not None] * count
     if len(given) != count:

@@ -201,12 +201,14 @@ class Unfreezing(Callback):
 
     def _frozen_stages(self, epoch: int) -> int:
         """As `Backbone` counts them: -1 for none, 0 for the stem, n for the first n stages, too."""
-        count = thawed = len(self.parts)
+        count: int = len(self.parts)
+        thawed = count
         if epoch < self.epochs:
             thawed = 0
         elif self.every:
             thawed = 1 + (epoch - self.epochs) // self.every
-        return max(self.always, count - 1 - thawed)
+        always: int = self.always
+        return max(always, count - 1 - thawed)
 
     def _freeze(self, frozen_stages: int) -> None:
         """Freeze so many stages, and thaw the others; the norms of what is frozen keep their statistics."""

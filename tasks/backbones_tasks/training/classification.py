@@ -60,7 +60,7 @@ class ClassificationTask(Task):
         cutmix: float = 0.0,
         image_size: int = 224,
         crop: float = 0.875,
-        **options,
+        **options: Any,
     ):
         super().__init__(**options)
         classes = self.hparams["num_classes"]
@@ -90,7 +90,7 @@ class ClassificationTask(Task):
         logits = self(images)
         heads = logits if isinstance(logits, tuple) else (logits,)
         smoothing = self.hparams["label_smoothing"] if labels.ndim == 1 else 0.0  # timm's mixed labels are smooth
-        loss = sum(F.cross_entropy(head, labels, label_smoothing=smoothing) for head in heads) / len(heads)
+        loss: Any = sum(F.cross_entropy(head, labels, label_smoothing=smoothing) for head in heads) / len(heads)
         self.log_loss("train_loss", loss, len(images))
         return loss
 

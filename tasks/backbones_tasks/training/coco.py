@@ -82,7 +82,7 @@ class CocoEvaluation:
         class. With masks, the same of `mask_AP`.
         """
         results = self._gather()
-        scores = [self._scores(results) if _rank() == 0 else None]
+        scores: list[Any] = [self._scores(results) if _rank() == 0 else None]
         if _distributed():
             dist.broadcast_object_list(scores)
         return scores[0]

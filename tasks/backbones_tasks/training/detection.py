@@ -57,7 +57,7 @@ class DetectionTask(Task):
         detector: str = "faster_rcnn",
         detector_options: dict[str, Any] | None = None,
         image_size: int | None = None,
-        **options,
+        **options: Any,
     ):
         super().__init__(**options)
         if detector_options is None:

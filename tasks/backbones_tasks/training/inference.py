@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class Inference:
     window: int | None = None
     overlap: float = 0.25
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.scales or not all(scale > 0 for scale in self.scales):
             raise InputError(f"scales={self.scales}: at least one is needed, and each must be over 0")
         if self.window is not None and self.window < MIN_WINDOW:
@@ -73,7 +74,8 @@ def average(
         (B, classes, H, W) in float32.
     """
     size = tuple(images.shape[-2:])
-    total, count = 0, 0
+    total: Any = 0
+    count = 0
     for scale in scales:
         scaled_size = tuple(max(1, round(side * scale)) for side in size)
         scaled = _resize(images, scaled_size)

@@ -120,7 +120,7 @@ class SegmentationLoss:
     def __call__(self, logits: Tensor, masks: Tensor) -> Tensor:
         """The loss of logits (B, classes, H, W) for masks (B, H, W); zero where no pixel counts."""
         logits = logits.float()  # sums over all pixels, which half precision cannot hold
-        total = 0
+        total: Any = 0
         for factor, loss in self.terms:
             # smp's means over no pixel at all are not numbers
             empty = isinstance(loss, (FocalLoss, LovaszLoss)) and not (masks != self.ignore_index).any()

@@ -60,7 +60,7 @@ class MultiTask(Task):
         heads: dict[str, dict[str, Any]] = HEADS,
         image_size: int | None = None,
         facts: dict[str, dict[str, Any]] | None = None,
-        **options,
+        **options: Any,
     ):
         super().__init__(**options)
         read = read_heads(heads)

@@ -74,7 +74,7 @@ class SegmentationTask(Task):
         class_weights: list[float] | Literal["balanced"] | None = None,
         inference: Inference = Inference(),  # noqa: B008  (never changed)
         ignore_index: int = 255,
-        **options,
+        **options: Any,
     ):
         super().__init__(**options)
         if decoder_options is None:
@@ -195,7 +195,7 @@ class SegmentationTask(Task):
             "masks": index_png(mask, colours),
         }
 
-    def predict_file(self, file: Path, place: Callable[[str, str], Path], options: argparse.Namespace) -> None:
+    def predict_file(self, file: Path, place: Callable[[str, str], Path], options: argparse.Namespace) -> Any:
         """As `Task` does; what is large, or wanted as TIFF, is read and written in windows."""
         large = is_large(file)
         if not large and options.mask_format == "png":

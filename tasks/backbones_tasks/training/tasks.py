@@ -69,7 +69,8 @@ def load_model(checkpoint: Path) -> HoldsBackbone:
     if type(content.get("epoch")) is not int:
         raise WeightsError(f"{checkpoint} does not say of which epoch it is; it is no checkpoint of `backbones fit`")
     task.model.metadata = _facts(task, content["epoch"], checkpoint.absolute().parent.parent)
-    return task.model
+    model: HoldsBackbone = task.model
+    return model
 
 
 def _facts(task: Any, epoch: int, run: Path) -> dict[str, Any]:
