@@ -111,10 +111,14 @@ def as_trained(
     """
     model = {name: value for name, value in trained.items() if name not in (*task.linked, "seed")}
     before = config_arguments(checkpoint.parent.parent / "config.yaml", task, trust) if with_config else []
+    return [*before, "--model", json.dumps(model), *read_as_trained(task, trained)]
+
+
+def read_as_trained(task: type[Task], trained: Mapping[str, Any]) -> list[str]:
+    """Arguments by which images are read as they were in training, with the mean and std that were computed then."""
     known = inspect.signature(task.data_class).parameters
-    reading = {name: value for name, value in trained["reading"].items() if name in known and value is not None}
-    data = [part for name, value in reading.items() for part in (f"--data.{name}", json.dumps(value))]
-    return [*before, "--model", json.dumps(model), *data]
+    reading = {name: value for name, value in (trained.get("reading") or {}).items() if name in known}
+    return [f"--data.{name}={json.dumps(value)}" for name, value in reading.items() if value is not None]
 
 
 class CommandLine(LightningCLI):

@@ -27,7 +27,7 @@ from ..training.callbacks import (
 from ..training.runs import is_run, new_run, newest_run, read_checkpoint, terminable, told_once
 from ..training.task import Task
 from ..training.tasks import find_task
-from .command_line import CommandLine, own_options, write_config
+from .command_line import CommandLine, own_options, read_as_trained, write_config
 from .trust import config_arguments
 
 
@@ -46,12 +46,13 @@ def run_fit(name: str, argv: Sequence[str]) -> int:
 
 def _fit(task: type[Task], own: argparse.Namespace, argv: list[str]) -> int:
     run, checkpoint = _find_run(task.name, own)
+    trained = None if checkpoint is None else read_checkpoint(checkpoint, task.name)
     if run is not None and not own.has_config:
-        argv = [*config_arguments(run / "config.yaml", task, own.trust), *argv]
+        read = [] if trained is None else read_as_trained(task, trained["hyper_parameters"])
+        argv = [*config_arguments(run / "config.yaml", task, own.trust), *read, *argv]
     if own.print_groups:
         print_groups(CommandLine("fit", task, argv).model)
         return 0
-    trained = None if checkpoint is None else read_checkpoint(checkpoint, task.name)
     if trained is not None and not {"loops", "optimizer_states", "epoch"} <= trained.keys():
         raise InputError(f"{checkpoint} holds weights alone, and no state of a training to go on with")
     cli = CommandLine("fit", task, argv, lambda nodes: run or new_run(task.name, own.out, nodes), trained, checkpoint)

@@ -129,8 +129,8 @@ class Reading:
             white = np.iinfo(values.dtype).max if values.dtype.kind in "ui" else 1
             if (values[..., -1] != white).any():
                 raise UnreadableImage(
-                    "is transparent in places, and what lies below is not told: --data.bands "
-                    f"'{list(range(count - 1))}' leaves the alpha channel out"
+                    "is transparent in places, and what lies below is not told: save it without alpha, or train with "
+                    f"--data.bands '{list(range(count - 1))}', which leaves the alpha channel out"
                 )
             values, count = values[..., :-1], count - 1
         if count == 1:

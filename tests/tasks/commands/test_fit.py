@@ -339,7 +339,8 @@ def test_odd_images_are_labelled_and_unreadable_ones_named(trained, workplace, c
     (images / "deeper").mkdir(parents=True)
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (20, 30), dtype=np.uint8)).save(images / "grey.png")
-    Image.fromarray(rng.integers(0, 256, (20, 30, 4), dtype=np.uint8)).save(images / "rgba.png")
+    Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).convert("RGBA").save(images / "rgba.png")
+    Image.fromarray(rng.integers(0, 256, (20, 30, 4), dtype=np.uint8)).save(images / "glass.png")
     Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).quantize().save(images / "palette.png")
     Image.new("RGB", (1, 1)).save(images / "deeper" / "pixel.png")
     large = Image.fromarray(rng.integers(0, 256, (90, 150, 3), dtype=np.uint8))
@@ -352,8 +353,9 @@ def test_odd_images_are_labelled_and_unreadable_ones_named(trained, workplace, c
     command = ["predict", "segmentation", "--ckpt", str(lone), "--images", "images", "--out", "out", "--window", "64"]
     assert main(command) == 1
     printed = capsys.readouterr()
-    assert "5 of 6 images labelled" in printed.out
+    assert "5 of 7 images labelled" in printed.out
     assert "broken.jpg" in printed.err
+    assert "glass.png: is transparent in places" in printed.err
     sizes = {"grey": (30, 20), "rgba": (30, 20), "palette": (30, 20), "deeper/pixel": (1, 1), "turned": (90, 150)}
     for name, size in sizes.items():
         mask, overlay = Image.open(f"out/masks/{name}.png"), Image.open(f"out/overlays/{name}.png")
