@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -352,3 +353,65 @@ def test_offline_without_a_cache_says_what_to_do(cached):
     (cached / "snapshots" / COMMIT / "model.safetensors").unlink()
     with pytest.raises(WeightsError, match="not in the local cache"):
         from_pretrained("somebody/mine")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"in_chans": 100_000_000}, r"100000000 in config\.json is no size"),
+        ({"in_chans": 9_999}, r"does not hold the weights of the config\.json beside it"),
+        ({"dims": [1_000_000] * 4}, r"describes a model of over [\d,]+ parameters, and its weights are 3,"),
+        ({"depths": [1_000_000, 2, 2, 2]}, r"describes a model of over [\d,]+ parameters, and its weights are 3,"),
+        ({"depths": [2, 2, 2, 1]}, r"does not fit|does not hold the weights"),
+        ({"num_classes": 10**12, "features_only": False}, r"1000000000000 in config\.json is no size"),
+    ],
+)
+def test_a_config_that_asks_for_what_its_weights_are_not_is_refused_before_memory_is_taken(options, message, tmp_path):
+    build_backbone("pvt_v2_b0").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["options"] |= options
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=message):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"checkpoint_path": "x.pth"},
+        {"pretrained_cfg_overlay": {"file": "x.pth"}},
+        {"cache_dir": "x"},
+        {"weights_file": "x"},
+    ],
+)
+def test_a_config_makes_timm_read_no_file(options, tmp_path):
+    build_backbone("timm/test_resnet").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["options"] |= options
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=rf"does not take {next(iter(options))}, by which timm reads files"):
+        from_pretrained(tmp_path)
+
+
+def test_options_that_leave_weights_unused_are_refused(tmp_path):
+    build_backbone("pvt_v2_b0", out_norm=True).save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match=r"8 norms of the maps .* would be ignored: build with out_norm=True"):
+        from_pretrained(tmp_path, out_norm=False)
+
+
+def test_threads_may_build_the_first_models_of_a_process():
+    code = (
+        "import threading, backbones\n"
+        "failed = []\n"
+        "def build(name):\n"
+        "    try:\n"
+        "        backbones.build_backbone(name)\n"
+        "    except BaseException as error:\n"
+        "        failed.append(error)\n"
+        "names = ('pvt_v2_b0', 'vit_tiny_patch16', 'timm/test_resnet', 'efficientformer_l1')\n"
+        "threads = [threading.Thread(target=build, args=(name,)) for name in names]\n"
+        "[thread.start() for thread in threads]\n"
+        "[thread.join() for thread in threads]\n"
+        "assert not failed, failed\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

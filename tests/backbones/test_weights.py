@@ -459,3 +459,84 @@ def test_first_convolution_keeps_its_answer_to_grey_images(in_chans, state):
     grey = torch.rand(1, 1, 32, 32)
     ours, theirs = model.stem(grey.expand(-1, in_chans, -1, -1)), rgb.stem(grey.expand(-1, 3, -1, -1))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+# Judged before anything is written
+
+
+def unchanged(model, before):
+    return all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda v: v.index_fill(0, torch.tensor(0), float("nan")),
+            r"16 of the 256 numbers of head\.weight are NaN or inf",
+        ),
+        (lambda v: (v.double() * 1e300).index_fill(0, torch.tensor(0), 1e300), r"of head\.weight are NaN or infinite"),
+        (lambda v: v.to(torch.int8), r"head\.weight is int8, which are no weights"),
+        (lambda v: v.bool(), r"head\.weight is bool, which are no weights"),
+        (lambda v: v.to(torch.complex64), r"head\.weight is complex64, which are no weights"),
+        (lambda v: v.to_sparse(), r"head\.weight is a sparse_coo tensor; save it as a dense tensor"),
+        (lambda v: v.to("meta"), r"head\.weight is on the meta device and holds no numbers"),
+    ],
+)
+def test_what_is_no_weight_is_named_and_nothing_is_changed(change, message, state):
+    model = Tiny(features_only=False, num_classes=16)
+    state = {**state, "head.weight": torch.ones(16, 16), "head.bias": torch.ones(16)}
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(WeightsError, match=rf"state dict: .*{message}"):
+        load_weights(model, {**state, "head.weight": change(state["head.weight"])})
+    assert unchanged(model, before)
+    load_weights(model, state)
+    assert not unchanged(model, before)
+
+
+def test_a_model_on_the_meta_device_is_named(state):
+    with torch.device("meta"):
+        model = Tiny()
+    with pytest.raises(WeightsError, match="Tiny is on the meta device and holds nothing"):
+        load_weights(model, state)
+
+
+@pytest.mark.parametrize("pretrained", ["", {}, 3, []])
+def test_pretrained_that_names_nothing_is_an_error(pretrained):
+    with pytest.raises(WeightsError, match="pvt_v2_b0: pretrained=.* names no weights"):
+        build_backbone("pvt_v2_b0", pretrained=pretrained)
+
+
+def test_names_that_are_no_strings_are_an_error(state):
+    with pytest.raises(WeightsError, match="names of tensors are strings, and it has 0, 1, 2, 3"):
+        load_weights(Tiny(), dict(enumerate(state.values())))
+
+
+def test_of_two_sets_of_weights_that_fit_the_user_chooses(state):
+    with pytest.raises(WeightsError, match="holds two sets of weights that fit, 'one' and 'other'"):
+        load_weights(Tiny(), {"one": state, "other": noise(state)})
+    with pytest.raises(WeightsError, match="several sets of weights that fit, under 'left.', 'right.'"):
+        load_weights(Tiny(), under("left.")(state) | under("right.")(noise(state)))
+
+
+@pytest.mark.parametrize(
+    "container", ["ema", "net", "params", "params_ema", "student", "backbone", "encoder", "weights"]
+)
+def test_containers_of_any_name_are_opened(container, state):
+    content = {container: state, "optimizer": {"exp_avg": noise(state)}, "state_dict_ema": {}}
+    content["model"] = content  # an endless way down
+    model = Tiny(features_only=False)
+    load_weights(model, content)
+    assert holds(model, state)
+
+
+def test_a_pruned_pyramid_is_told_from_a_deeper_variant():
+    whole = build_backbone("pvt_v2_b0", features_only=False).state_dict()
+    assert load_weights(build_backbone("pvt_v2_b0", out_indices=(0, 1)), whole).share == 1
+    deeper = build_backbone("pvt_v2_b0", depths=[2, 2, 4, 2]).state_dict()
+    for out_indices in (None, (0, 1)):
+        with pytest.raises(WeightsError, match=r"40 tensors of stages\.2\.blocks 2 to 3 would be ignored: .* a deeper"):
+            load_weights(build_backbone("pvt_v2_b0", out_indices=out_indices), deeper)
+    shallower = build_backbone("pvt_v2_b0", depths=[2, 2, 1, 2]).state_dict()
+    with pytest.raises(WeightsError, match=r"20 tensors of stages\.2\.blocks 1 would stay as they are, .* a shallower"):
+        load_weights(build_backbone("pvt_v2_b0"), shallower)

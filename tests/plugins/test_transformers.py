@@ -330,3 +330,35 @@ def test_pickled_models_gather_their_features_again(model_type, transformers):
         for a, b in zip(model(images), again(images), strict=True):
             assert torch.equal(a, b)
         assert len(model(images)) == 4  # the original has kept its hooks
+
+
+@pytest.mark.parametrize(
+    "model_types",
+    [
+        pytest.param(("dinov2", "convnextv2", "dinov3_vit")),
+        pytest.param(tuple(set(SMALL) - {"dinov2", "convnextv2", "dinov3_vit"}), marks=pytest.mark.slow),
+    ],
+)
+def test_pickled_models_run_in_another_process(model_types, transformers, tmp_path):
+    images = torch.randn(1, 3, 64, 64)
+    content = {}
+    for model_type in model_types:
+        model = small(model_type).eval()
+        with torch.no_grad():
+            content[model_type] = pickle.dumps(model), [m.clone() for m in model(images)]
+    (tmp_path / "models.pkl").write_bytes(pickle.dumps((images, content)))
+    code = (
+        "import pickle, sys, torch\n"
+        "images, content = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "with torch.no_grad():\n"
+        "    for name, (model, maps) in content.items():\n"
+        "        again = pickle.loads(model)(images)\n"
+        "        assert len(again) == len(maps), name\n"
+        "        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(again, maps)), name\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "models.pkl")], check=True, timeout=300)
+
+
+def test_settings_that_name_code_are_refused(transformers):
+    with pytest.raises(InputError, match="attn_implementation='somebody/kernel' names code to be loaded"):
+        build_backbone("transformers/dinov2", config={"attn_implementation": "somebody/kernel"})
