@@ -473,7 +473,7 @@ def unchanged(model, before):
     [
         (
             lambda v: v.index_fill(0, torch.tensor(0), float("nan")),
-            r"16 of the 256 numbers of head\.weight are NaN or inf",
+            r"16 of the 256 numbers of head\.weight are NaN",
         ),
         (lambda v: (v.double() * 1e300).index_fill(0, torch.tensor(0), 1e300), r"of head\.weight are NaN or infinite"),
         (lambda v: v.to(torch.int8), r"head\.weight is int8, which are no weights"),
@@ -503,7 +503,7 @@ def test_a_model_on_the_meta_device_is_named(state):
 
 @pytest.mark.parametrize("pretrained", ["", {}, 3, []])
 def test_pretrained_that_names_nothing_is_an_error(pretrained):
-    with pytest.raises(WeightsError, match="pvt_v2_b0: pretrained=.* names no weights"):
+    with pytest.raises(WeightsError, match=r"pvt_v2_b0: pretrained=.* names no weights"):
         build_backbone("pvt_v2_b0", pretrained=pretrained)
 
 
@@ -515,7 +515,7 @@ def test_names_that_are_no_strings_are_an_error(state):
 def test_of_two_sets_of_weights_that_fit_the_user_chooses(state):
     with pytest.raises(WeightsError, match="holds two sets of weights that fit, 'one' and 'other'"):
         load_weights(Tiny(), {"one": state, "other": noise(state)})
-    with pytest.raises(WeightsError, match="several sets of weights that fit, under 'left.', 'right.'"):
+    with pytest.raises(WeightsError, match=r"several sets of weights that fit, under 'left\.', 'right\.'"):
         load_weights(Tiny(), under("left.")(state) | under("right.")(noise(state)))
 
 
