@@ -154,7 +154,9 @@ def test_runtimes_take_a_step_of_timms_model(runtime):
 def test_bench_prints_tables_of_one_training_step(capsys):
     options = ["--size", "64", "--batch", "2", "--train", "--seconds", "0.1", "--no-memory"]
     assert main(["bench", "pvt_v2_b0", *options]) == 0
-    machine, _, header, row, _, what, columns, times = capsys.readouterr().out.splitlines()
+    out, err = capsys.readouterr()
+    machine, _, header, row, _, what, columns, times = out.splitlines()
+    assert err.startswith("measured pvt/pvt_v2_b0, ms: plain float32 "), "said as soon as it is known"
     assert "forward and backward, float32, batch 2, 64 x 64" in machine
     assert header.split()[:2] == ["name", "library"]
     assert row.split()[:6] == ["pvt/pvt_v2_b0", "ours", "64x64", "4", "8", "16"]

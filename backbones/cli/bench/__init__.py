@@ -78,8 +78,7 @@ def run(args: argparse.Namespace) -> int:
     results: list[list[Result]] = []
     for cases in every:
         results.append(measure(cases, args.seconds * len(cases), args.rounds, not args.no_memory))
-        if not args.json:
-            print_hint(f"measured {cases[-1].name}")
+        print_hint(_summary(results[-1]))
     names = [row[-1].name for row in results]
     rates = [ratios(row) for row in results]
     failed = int(any(result.error and result.library == "ours" for row in results for result in row))
@@ -127,6 +126,12 @@ def geomeans(rates: Sequence[dict[str, float]]) -> dict[str, float]:
     names = dict.fromkeys(name for row in rates for name in row)
     values = {name: [row[name] for row in rates if name in row] for name in names}
     return {name: round(math.exp(statistics.fmean(map(math.log, some))), 3) for name, some in values.items()}
+
+
+def _summary(row: Sequence[Result]) -> str:
+    """What was measured of one name, in a line that stays if the next one ends the run."""
+    times = (f"{result.column} {result.dtype} {result.latency_ms or 'failed'}" for result in row)
+    return f"measured {row[-1].name}, ms: {', '.join(times)}"
 
 
 def _print_models(results: Sequence[Sequence[Result]]) -> None:
