@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tasks"))
 from run_files import rows, same, weights
 
 from backbones.cli import main
+from backbones.errors import BackboneError
 from backbones_tasks.commands import fit as _  # noqa: F401  (imported once, for all that are forked)
 from backbones_tasks.files import is_checkpoint, read_checkpoint
 
@@ -108,7 +109,7 @@ def read_all(run):
     if (run / "metrics.csv").exists():
         with (run / "metrics.csv").open(newline="") as stream:
             assert all(row["epoch"].isdigit() for row in csv.DictReader(stream))
-    found = [path for path in (run / "checkpoints").glob("*.ckpt") if is_checkpoint(path)]
+    found = [path for path in (run / "checkpoints").glob("[!.]*.ckpt") if is_checkpoint(path)]
     for path in found:
         assert {"state_dict", "optimizer_states"} <= read_checkpoint(path).keys()
     return len(found)
@@ -183,7 +184,7 @@ def campaign(count, folder, seed=0):
             try:
                 epochs = draw.choice((-1, 0, 0, 1, 1, 2, 2))
                 found = kill(task, how, place, epochs, draw.uniform(0, seconds[task] / 3), whole[task])
-            except AssertionError as error:
+            except (AssertionError, BackboneError) as error:
                 counts["kills"] += 1
                 counts["failed"] += 1
                 print(f"{task} {how}: {error}", file=sys.stderr, flush=True)
