@@ -144,7 +144,7 @@ def _replace_convolutions(model: nn.Module) -> None:
 
 
 def _low_precision_parts(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost modules that stand low precision."""
+    """The outermost modules that say, by `low_precision`, that they take and return maps or logits, not boxes."""
     if getattr(module, "low_precision", False):
         yield module
         return

@@ -85,6 +85,8 @@ class Classifier(HoldsBackbone):
         head: module from the last map to logits
     """
 
+    low_precision = True  # see `backbones.for_inference`
+
     def __init__(self, backbone: nn.Module, head: nn.Module | None = None):
         super().__init__()
         self.backbone = backbone

@@ -92,8 +92,6 @@ def build_detector(
     build = _build_dense if architecture in DENSE else _build_rcnn
     model = build(architecture, neck, num_classes, **{**defaults, **options})
     model.transform = resizing(model.transform)
-    # convolutions on a CPU are much faster on channels-last maps, which is what backbones return
-    model.to(memory_format=torch.channels_last)
     own = {"architecture": architecture, "num_classes": num_classes, "fpn_channels": fpn_channels}
     statistics = {name: defaults[name] for name in ("image_mean", "image_std")}  # what no weights hold
     return recorded(model, "detection", **own, batch_norm=batch_norm, **{**statistics, **options})
@@ -135,6 +133,8 @@ class FeaturePyramid(nn.Module):
         extra: makes coarser levels from the last, each of half the resolution of the one before
         extra_levels: how many
     """
+
+    low_precision = True  # see `backbones.for_inference`
 
     def __init__(self, body: nn.Module, out_channels: int, extra: ExtraFPNBlock, extra_levels: int):
         super().__init__()

@@ -199,7 +199,7 @@ class SharedMaps(nn.Module):
             maps = model.backbone(images)
         height, width = images.shape[-2:]
         return [
-            crop_to(maps[i], ceil_div(height, stride), ceil_div(width, stride))
+            crop_to(maps[i].to(images.dtype), ceil_div(height, stride), ceil_div(width, stride))
             for i, stride in zip(self.chosen, self.strides, strict=True)
         ]
 

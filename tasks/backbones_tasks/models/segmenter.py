@@ -100,6 +100,8 @@ class Segmenter(HoldsBackbone):
         aux_head: module from the stride-16 map to logits
     """
 
+    low_precision = True  # see `backbones.for_inference`
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -113,10 +115,7 @@ class Segmenter(HoldsBackbone):
     ):
         super().__init__()
         self.backbone = backbone
-        # convolutions on a CPU are much faster on channels-last maps, which is what backbones return
-        self.decoder = decoder.to(memory_format=torch.channels_last)
-        self.head = head.to(memory_format=torch.channels_last)
-        self.aux_head = None if aux_head is None else aux_head.to(memory_format=torch.channels_last)
+        self.decoder, self.head, self.aux_head = decoder, head, aux_head
         self.levels, self.divisor, self.min_size = levels, divisor, min_size
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
