@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
+from pytorch_lightning.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -18,7 +19,7 @@ from torchvision.transforms import v2
 from .faults import tell_shared
 from .folders import DataError
 from .images import UNREADABLE, decode
-from .reading import Bands, Range, Reading, statistics
+from .reading import Bands, Range, Reading, doubts, statistics
 
 
 def mix(*numbers: int) -> int:
@@ -252,6 +253,10 @@ class DataModule(LightningDataModule):
         splits = [split for split in splits if split not in self.datasets]
         if splits:
             self.datasets |= self.load(splits)
+            if "train" in splits and self._reading is not None and self._reading.range is not None:
+                doubt = doubts(self._reading, self.datasets["train"].files)
+                if doubt is not None:
+                    rank_zero_warn(f"{self.root}: {doubt}")
             tell_shared({split: getattr(data, "files", []) for split, data in self.datasets.items()})
 
     def train_dataloader(self) -> DataLoader:

@@ -213,6 +213,23 @@ def statistics(reading: Reading, files: Sequence[Path], most: int = 100) -> tupl
     return mean.round(5).tolist(), std.round(5).clip(1e-5).tolist()
 
 
+def doubts(reading: Reading, files: Sequence[Path], most: int = 20) -> str | None:
+    """What may not be meant by a range, by at most so many of the files: that it cuts values off, or is hardly used."""
+    chosen = [files[i] for i in np.linspace(0, len(files) - 1, min(most, len(files))).round().astype(int)]
+    images = [reading.read(file) for file in chosen]
+    pixels = sum(image.size for image in images)
+    black, white = (sum(int((image == end).sum()) for image in images) / pixels for end in (0, 1))
+    highest = max(float(image.max()) for image in images)
+    told = reading.range if isinstance(reading.range, str) else list(reading.range)
+    if highest < 0.1:
+        return f"no value of {len(images)} images reaches more than {highest:.1%} of --data.range {told}: all is dark"
+    if max(black, white) > 0.2:
+        return (
+            f"{black:.0%} of the values of {len(images)} images are black and {white:.0%} white by --data.range {told}"
+        )
+    return None
+
+
 def in_channels(backbone: Any, reading: Reading) -> Any:
     """A backbone's name or options, made to take images as they are read: `in_chans`, mean and std; modules as is.
 

@@ -1,5 +1,6 @@
 """One rule reads the images of a data set: range, bands, no data; files are found or told."""
 
+import argparse
 import json
 
 import numpy as np
@@ -13,9 +14,10 @@ from backbones_tasks.data.classification import ClassificationData
 from backbones_tasks.data.folders import DataError
 from backbones_tasks.data.images import UNREADABLE, find_files, read_array
 from backbones_tasks.data.raster import Raster
-from backbones_tasks.data.reading import Reading, in_channels, statistics, to_unit
+from backbones_tasks.data.reading import Reading, doubts, in_channels, statistics, to_unit
 from backbones_tasks.data.segmentation import SegmentationData
 from backbones_tasks.files import read_checkpoint
+from backbones_tasks.training.tasks import find_task
 
 rasterio = pytest.importorskip("rasterio", reason="needs rasterio, the extra [large]")
 
@@ -67,6 +69,14 @@ def test_one_range_holds_for_all_files_of_a_data_set(tmp_path):
     assert (round(float(dark), 6), round(float(bright), 6)) == (0.2, 0.26)
     np.save(tmp_path / "unit.npy", np.full((2, 2), 0.5, np.float32))
     assert Reading(range="dtype").read(tmp_path / "unit.npy").max() == 0.5
+
+
+def test_a_range_that_is_hardly_used_or_cuts_much_off_is_told(tmp_path):
+    np.save(tmp_path / "a.npy", RAMP)
+    files = [tmp_path / "a.npy"]
+    assert doubts(Reading(range=(0, 4095)), files) is None
+    assert "reaches more than 6.2% of --data.range uint16: all is dark" in doubts(Reading(range="uint16"), files)
+    assert "75% white by --data.range [0, 1000]" in doubts(Reading(range=(0, 1000)), files)
 
 
 def test_files_of_several_kinds_go_by_their_type_or_are_refused(tmp_path):
@@ -295,15 +305,13 @@ def test_what_is_not_read_is_told_by_the_data(tmp_path):
     assert sum(map(len, data.datasets.values())) == 4
 
 
-@pytest.mark.parametrize("orientation", [2, 3, 4, 5, 6, 7, 8])
-@pytest.mark.parametrize("stored", [True, False], ids=["as the image is stored", "as the image is seen"])
+@pytest.mark.parametrize(
+    ("orientation", "stored"), [*((i, True) for i in range(2, 9)), *((i, False) for i in range(5, 9))]
+)
 def test_exif_turns_a_mask_with_its_image_unless_it_is_upright(tmp_path, orientation, stored):
-    """A mask as large as the stored image is turned with it; one of the upright size was drawn on what is seen."""
+    """A mask as large as the stored image is turned with it; one of another size was drawn on what is seen."""
     for kind in ("images", "masks"):
         (tmp_path / kind).mkdir()
-    swaps = orientation >= 5
-    if not stored and not swaps:
-        pytest.skip("both sizes are the same: the mask is taken as the image is stored, which is told")
     values = np.random.default_rng(0).integers(0, 2, (8, 12), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -333,3 +341,26 @@ def test_masks_that_are_turned_are_told(tmp_path):
 def test_a_rule_without_a_folder_is_refused():
     with pytest.raises(DataError, match=r"give --data\.root as well"):
         SegmentationData(bands=[0])
+
+
+@pytest.mark.parametrize("task", ["classification", "detection", "multitask"])
+def test_every_task_predicts_on_the_bands_that_it_was_built_for(task, tmp_path):
+    reading = Reading(range=(0, 4095), bands=range(4), mean=(0.4,) * 4, std=(0.2,) * 4).plain()
+    options = {"backbone": "pvt_v2_b0", "num_classes": 3, "class_names": ["background", "a", "b"], "reading": reading}
+    if task == "multitask":
+        facts = {name: {k: options[k] for k in ("num_classes", "class_names", "reading")} for name in ("det", "seg")}
+        options = {"backbone": "pvt_v2_b0", "facts": facts}
+    model = find_task(task)(**options).eval()
+    assert model.model.inner_backbone.in_chans == 4
+    assert list(model.model.inner_backbone.pretrained_cfg["mean"]) == [0.4] * 4
+    write_bands(tmp_path / "a.tif", np.tile(four_bands(), (1, 16, 10)))
+    options = argparse.ArgumentParser()
+    model.add_predict_options(options)
+    with torch.inference_mode():
+        model.predict_file(tmp_path / "a.tif", lambda folder, suffix: tmp_path / f"out{suffix}", options.parse_args([]))
+
+
+def test_heads_that_read_images_differently_are_refused():
+    facts = {"det": {"reading": {"range": (0, 9)}}, "seg": {"reading": {}}}
+    with pytest.raises(InputError, match="the heads read images differently"):
+        find_task("multitask")(facts=facts)
