@@ -77,12 +77,12 @@ class TimmBackbone(Backbone):
                 f"timm {timm.__version__}, which is installed, has no model {model_name!r}; timm "
                 f"{table.measured_with()} has it: run `pip install --upgrade timm`"
             )
+        common = {key: options.pop(key) for key in _BASE_OPTIONS & options.keys()}
         if refused := sorted(filter(_READS_FILES.search, options)):
             raise InputError(
                 f"timm/{model_name} does not take {', '.join(refused)}, by which timm reads files; for weights pass "
                 "pretrained=PATH"
             )
-        common = {key: options.pop(key) for key in _BASE_OPTIONS & options.keys()}
         features_only = common.get("features_only", True)
         if img_size is not None:
             options["img_size"] = to_2tuple(img_size)
