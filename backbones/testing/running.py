@@ -1,8 +1,11 @@
 """Runs the checks, keeps each result, and makes them tests of pytest."""
 
 import copy
+import linecache
 import math
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -75,13 +78,17 @@ def check_backbone(
         if unknown := named - CHECKS.keys():
             raise InputError(f"{option}: there is no check {min(unknown)!r}; choose from {', '.join(CHECKS)}")
     name, build = _subject(backbone)
-    results = []
+    results: list[CheckResult] = []
     for check in CHECKS:
         if check not in wanted or (not slow and check in SLOW_CHECKS):
             continue
-        results.append(_run(name, check, build, expected.get(check)))
+        if results and results[0].check == "builds" and results[0].outcome in ("failed", "expected"):
+            result = CheckResult(name, check, "skipped", "it cannot be built", 0.0)
+        else:
+            result = _run(name, check, build, expected.get(check))
+        results.append(result)
         if report:
-            report(results[-1])
+            report(result)
     return results
 
 
@@ -117,7 +124,10 @@ def parametrize_backbones(
 
 
 def check_plugin(
-    distribution: str, slow: bool = True, report: Callable[[CheckResult], None] | None = None
+    distribution: str,
+    slow: bool = True,
+    report: Callable[[CheckResult], None] | None = None,
+    expected_failures: Mapping[str, str] | None = None,
 ) -> list[CheckResult]:
     """Check how a distribution's plugins load, each spec against its model, and the smallest model of each family.
 
@@ -125,6 +135,7 @@ def check_plugin(
         distribution: what was `pip install`ed, or a plugin's namespace.
         slow: as for `check_backbone`.
         report: called with each result as it comes.
+        expected_failures: as for `check_backbone`, of all its backbones.
 
     Raises:
         PluginError: nothing of that name is installed.
@@ -147,7 +158,7 @@ def check_plugin(
         for info in map(backbone_info, names):
             add(_run(info.canonical_name, "spec_matches_model", partial(check_spec, info), None))
         for name in smallest_of_each_family(names):
-            check_backbone(backbone_info(name).canonical_name, slow=slow, report=add)
+            check_backbone(backbone_info(name).canonical_name, expected_failures, slow=slow, report=add)
     return results
 
 
@@ -195,13 +206,30 @@ def _run(name: str, check: str, subject: Any, expected: str | None) -> CheckResu
     except CheckFailed as failure:
         outcome, message = "failed", str(failure)
     except Exception as error:  # whatever the backbone raises
-        outcome, message = "failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        outcome, message = "failed", " ".join(f"{type(error).__name__}: {error}".split()) + _place(error)
     if expected is not None:
         outcome, message = {
             "failed": ("expected", f"{expected} ({message})"),
             "passed": ("failed", f"expected to fail ({expected}), and passed; take it off expected_failures"),
         }.get(outcome, (outcome, message))
     return CheckResult(name, check, outcome, message, round(time.perf_counter() - start, 2))
+
+
+def _place(error: BaseException) -> str:
+    """The last line of the author's own code that an exception went through; empty if there is none."""
+    frames = traceback.walk_tb(error.__traceback__)
+    theirs = [(frame.f_code, line) for frame, line in frames if not _is_others(frame.f_globals.get("__name__", ""))]
+    if not theirs:
+        return ""
+    code, line = theirs[-1]
+    text = linecache.getline(code.co_filename, line).strip()
+    return f" ({code.co_filename}:{line}, in {code.co_name}: {text})"
+
+
+def _is_others(module: str) -> bool:
+    """Whether a module is ours, Python's or of a library that authors call."""
+    top = module.partition(".")[0]
+    return top in ("backbones", "timm", "torch", "torchvision", "transformers") or top in sys.stdlib_module_names
 
 
 def _check_or_skip(check: str, backbone: str | nn.Module | Build) -> None:

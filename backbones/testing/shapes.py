@@ -5,8 +5,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backbone import Backbone
 from ..errors import InputError
 from .common import Build, Skipped, count_parameters, expected_shapes, fail, random_images, require, require_close, some
+
+
+def check_builds(build: Build) -> None:
+    """It is built without options, and is a `Backbone`."""
+    model = build()
+    require(
+        isinstance(model, Backbone),
+        f"what is built is a {type(model).__name__}",
+        "subclass backbones.Backbone, or put the module through backbones.wrap",
+    )
 
 
 def check_shapes(build: Build) -> None:

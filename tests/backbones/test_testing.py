@@ -243,7 +243,7 @@ def test_a_failure_that_was_announced_is_no_failure_and_a_pass_is():
     assert result.message.startswith("needs 8 (PluginError: Floor: map 0 of images (2, 3, 250, 333)")
     passed = failures(Good, expected_failures={"any_size": "needs 8"}, checks=["any_size"])
     assert "take it off expected_failures" in passed["any_size"]
-    with pytest.raises(InputError, match="there is no check 'any_sise'; choose from shapes, "):
+    with pytest.raises(InputError, match="there is no check 'any_sise'; choose from builds, "):
         check_backbone(Good, {"any_sise": "typo"})
     with pytest.raises(InputError, match="checks: there is no check 'shape'"):
         check_backbone(Good, checks=["shape"])
@@ -298,6 +298,51 @@ def test_the_command_prints_a_table_and_the_number_of_checks(capsys, monkeypatch
     assert ["any_size", "passed"] in [line.split() for line in lines]
     assert lines[-1].startswith(f"{len(CHECKS) - len(SLOW_CHECKS)} checks in ")
     assert lines[-1].endswith(f"{len(CHECKS) - len(SLOW_CHECKS)} passed")
+
+
+class Unbuildable(Good):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.head = nn.Linear(8, "ten")
+
+
+class RaisesInForward(Good):
+    def forward_features(self, images):
+        return super().forward_features(images.reshape(7, -1))
+
+
+def test_what_cannot_be_built_is_told_once():
+    first, *others = check_backbone(Unbuildable, slow=False)
+    assert (first.check, first.outcome) == ("builds", "failed")
+    assert re.search(
+        r'^TypeError: .*test_testing.py:\d+, in __init__: self.head = nn.Linear\(8, "ten"\)\)$', first.message
+    )
+    assert {(r.outcome, r.message) for r in others} == {("skipped", "it cannot be built")}
+
+
+def test_a_failure_has_the_last_line_of_the_authors_own_code():
+    (result,) = check_backbone(RaisesInForward, checks=["batch_independence"])
+    line = r"return super\(\).forward_features\(images.reshape\(7, -1\)\)"
+    place = rf"\(\S*test_testing.py:\d+, in forward_features: {line}\)$"
+    assert re.search("^RuntimeError: .*" + place, result.message)
+
+
+def test_the_command_takes_failures_that_are_expected(capsys, monkeypatch):
+    monkeypatch.setattr(registry, "_local", Plugin(namespace="local", module="__main__"))
+    for name, model in (("floor", Floor), ("good", Good)):
+        entry = f"{__name__}:{model.__name__}"
+        backbones.register(BackboneSpec(name=name, family=name, entry=entry, channels=(8, 12), strides=(4, 8)))
+    monkeypatch.setattr("backbones.testing.running.CHECKS", {n: CHECKS[n] for n in ("shapes", "any_size")})
+    assert main(["check", "floor", "--expect", "any_size=needs 8", "--json"]) == 0
+    assert [r["outcome"] for r in json.loads(capsys.readouterr().out)] == ["passed", "expected"]
+    assert main(["check", "good", "floor"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[:2]] == [
+        ["backbone", "check", "outcome"],
+        ["local/floor", "any_size", "failed"],
+    ]
+    assert main(["check", "floor", "--expect", "any_size"]) == 2
+    assert "write CHECK=REASON" in capsys.readouterr().err
 
 
 def test_the_command_fails_where_a_check_does(capsys, throwaway):
