@@ -77,6 +77,8 @@ def _facts(task: Any, epoch: int, run: Path) -> dict[str, Any]:
     """What a checkpoint of an epoch and its run tell: classes, data, metrics and recipe, no private paths."""
     options = task.hparams
     facts: dict[str, Any] = {"class_names": task.class_names}
+    if not task.reading.photographs:  # else images are what everyone takes them for
+        facts["reading"] = task.reading.plain()
     if root := _data_root(run / "config.yaml"):
         facts["data"] = root
     for row in read_metrics(run / "metrics.csv"):

@@ -17,7 +17,7 @@ from backbones_tasks.data.raster import Raster
 from backbones_tasks.data.reading import Reading, doubts, in_channels, statistics, to_unit
 from backbones_tasks.data.segmentation import SegmentationData
 from backbones_tasks.files import read_checkpoint
-from backbones_tasks.training.tasks import find_task
+from backbones_tasks.training.tasks import find_task, load_model
 
 rasterio = pytest.importorskip("rasterio", reason="needs rasterio, the extra [large]")
 
@@ -260,6 +260,8 @@ def test_bands_train_and_predict_by_the_rule_in_the_checkpoint(workplace, capsys
     assert (reading.range, reading.bands) == ((0, 4095), (0, 1, 2, 3))
     assert all(0.4 < value < 0.6 for value in reading.mean), "computed from the training images"
     assert (options["backbone"]["in_chans"], options["backbone"]["pretrained_cfg"]["mean"]) == (4, list(reading.mean))
+    shared = load_model(workplace / "run/checkpoints/last.ckpt").metadata["reading"]
+    assert Reading(**shared) == reading, "who shares the model tells how its images are read"
     assert main(["validate", "segmentation", "--ckpt_path", "last", "--out", "run"]) == 0
     checkpoint = ["--ckpt", "run/checkpoints/last.ckpt"]
     assert main(["predict", "segmentation", *checkpoint, "--images", "data/images/val", "--out", "out"]) == 0
