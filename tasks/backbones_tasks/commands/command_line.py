@@ -40,6 +40,7 @@ from .trust import config_arguments
 
 SHORTHANDS = {"--backbone": "--model.backbone", "--data": "--data.root"}
 FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+BUILT = ("backbone", "decoder", "detector", "heads")  # beside their options, what says what a model is
 SECTIONS = "[--model.OPTION VALUE] [--data.OPTION VALUE] [--trainer.OPTION VALUE] [-c CONFIG]"
 
 
@@ -53,8 +54,10 @@ class Parser(LightningArgumentParser):
             raise
         except FAILURES as error:
             notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+            built = {n: v for n, v in cfg.model.as_dict().items() if v and (n in BUILT or n.endswith("_options"))}
+            options = ", ".join(f"model.{name}={value!r}" for name, value in built.items())
             raise InputError(
-                f"the model and the data cannot be built of these options: {type(error).__name__}: {error}{notes}"
+                f"nothing can be built of {options} and these data: {type(error).__name__}: {error}{notes}"
             ) from error
 
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
@@ -262,7 +265,10 @@ class CommandLine(LightningCLI):
         except (MisconfigurationException, ImportError, *FAILURES) as error:
             if self.lock is not None:
                 self.lock.release(undo=True)
-            raise InputError(f"trainer: {error}") from error
+            usual = self.parser.get_defaults().trainer.as_dict()
+            given = {name: value for name, value in self.config.trainer.as_dict().items() if value != usual[name]}
+            shown = ", ".join(f"trainer.{name}={value!r}" for name, value in given.items())
+            raise InputError(f"{shown or 'trainer'}: {' '.join(str(error).split())}") from error
 
     def describe(self) -> str:
         """One line on what is trained on what."""
