@@ -1,5 +1,7 @@
 """Hybrid ViT equals timm's on the same weights; its ResNet makes the fine maps, its transformer the others."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -150,17 +152,17 @@ def test_pooling_pads_as_timm_does_compiled_or_not(size, monkeypatch):
     assert torch.equal(MaxPool()(images), expected)
 
 
-def test_standardised_weights_are_kept_until_the_weight_changes():
+def test_weights_are_standardised_anew_however_they_are_written_and_once_for_inference():
     conv = StdConv(8, 6, 3).eval()
     images = torch.randn(1, 8, 5, 5)
     with torch.no_grad():
         before = conv(images)
-        (kept,) = conv._standardised._tables.values()
-        assert torch.equal(conv(images), before)
-        assert next(iter(conv._standardised._tables.values())) is kept
-        conv.weight[0] *= torch.linspace(0.5, 2, conv.weight[0].numel()).view_as(conv.weight[0])
+        conv.weight.data[0] *= torch.linspace(0.5, 2, conv.weight[0].numel()).view_as(conv.weight[0])
         after = conv(images)
-    torch.testing.assert_close(after, conv(images))  # autograd is on, so that nothing is kept
+        fast = copy.deepcopy(conv).prepare_for_inference()
+        assert fast.standardised
+        torch.testing.assert_close(fast(images), after)
+        torch.testing.assert_close(fast.weight, conv.standardise())
     assert not torch.allclose(after[:, 0], before[:, 0])
     assert torch.equal(after[:, 1:], before[:, 1:])
 
