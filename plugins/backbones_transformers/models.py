@@ -72,6 +72,7 @@ class TransformersBackbone(Backbone):
         self.body = AutoBackbone.from_config(_config(settings, wanted, self.in_chans, self.drop_path_rate))
         if kind.unused:
             self.body.set_submodule(kind.unused, nn.Identity())
+            self.left_out = (f"body.{kind.unused}",)
         _keep_what_learns(self.body)
         self._set_drop_path(self.drop_path_rates(depths))
         if kind.plain:

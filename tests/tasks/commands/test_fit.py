@@ -400,6 +400,7 @@ def test_a_folder_of_images_trains(workplace):
     assert (
         fit(
             *options,
+            "--data.ignore_index=255",
             "--data.val_fraction=0.4",
             "--model.loss=ce+dice",
             "--model.decoder=smp/fpn",
@@ -425,8 +426,8 @@ def test_a_killed_save_leaves_the_former_checkpoint(tmp_path, monkeypatch):
     io, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
     io.save_checkpoint({"epoch": 1}, path)
 
-    def dies(checkpoint, file):
-        file.write_bytes(b"half of it")
+    def dies(checkpoint, stream):
+        stream.write(b"half of it")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -56,7 +56,7 @@ def test_heads_that_share_a_backbone_say_the_same():
     heads = {
         "stuff": {"task": "segmentation", "num_classes": 3},
         "kind": {"task": "classification", "num_classes": 4},
-        "things": {"task": "detection", "num_classes": 3, "score_thresh": 0.0},
+        "things": {"task": "detection", "num_classes": 3, "score_thresh": 0.0, "min_size": 64, "max_size": 96},
     }
     model = build_multitask(BACKBONE, heads).eval()
     images = [torch.rand(3, 64, 80), torch.rand(3, 50, 64)]
