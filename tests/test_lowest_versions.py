@@ -144,7 +144,7 @@ def test_the_lowest_transformers_and_test_tools_work(lowest, workshop):
 import torch, transformers
 from backbones import build_backbone
 transformers.Dinov2Config(num_hidden_layers=2, hidden_size=32, num_attention_heads=2).save_pretrained("model")
-assert len(build_backbone("transformers/model")(torch.rand(1, 3, 64, 64))) == 4
+assert len(build_backbone("transformers/./model")(torch.rand(1, 3, 64, 64))) == 4
 """
     run(lowest / "python", "-c", code, folder=workshop)
     source = workshop / "source"
