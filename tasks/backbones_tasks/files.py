@@ -67,13 +67,13 @@ def write_json(file: Path, content: Any) -> None:
 
 
 def save(content: Any, file: Path) -> None:
-    """`torch.save`, which tells what hinders it as an OSError; by itself it says "unexpected pos" of a full disk."""
+    """`torch.save`, which tells what hinders it; by itself it says "unexpected pos" of a full disk or a signal."""
     with file.open("wb") as stream:
         try:
             torch.save(content, stream)
         except RuntimeError as error:
             cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):
+            while isinstance(cause, Exception) and not isinstance(cause, OSError):
                 cause = cause.__context__
             raise cause or error from None
 

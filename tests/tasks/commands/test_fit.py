@@ -1,5 +1,6 @@
 """The commands, end to end: refusals, run folders, resuming, measuring, labelling."""
 
+import io
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from backbones.cli import main
 from backbones_tasks.commands import predict
 from backbones_tasks.commands.command_line import CommandLine
 from backbones_tasks.data.segmentation import ShapesDataset
+from backbones_tasks.files import save
 from backbones_tasks.training.callbacks import AtomicCheckpointIO, read_metrics
 from backbones_tasks.training.classification import ClassificationTask
 from backbones_tasks.training.segmentation import SegmentationTask
@@ -435,6 +438,19 @@ def test_a_killed_save_leaves_the_former_checkpoint(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             io.save_checkpoint({"epoch": 2}, path)
     assert io.load_checkpoint(path) == {"epoch": 1}
+
+
+@pytest.mark.parametrize("reason", [SystemExit(143), KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_what_ends_a_save_is_told_as_it_is(reason, tmp_path):
+    class Ending(io.FileIO):
+        def write(self, content):
+            if self.tell() > 1000:
+                raise reason
+            return super().write(content)
+
+    with pytest.raises(type(reason)) as caught:
+        save({"weight": torch.rand(10_000)}, SimpleNamespace(open=lambda mode: Ending(tmp_path / "last.ckpt", mode)))
+    assert caught.value is reason
 
 
 def test_loss_is_zero_where_no_pixel_counts():
