@@ -1,5 +1,7 @@
 """What it takes to be equal to timm, the same for every family."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -114,6 +116,20 @@ def assert_gradients_equal():
             assert difference <= 1e-7 * theirs[key].abs().max() + 1e-9, key
 
     return check
+
+
+@pytest.fixture(scope="module")
+def build(randomise):
+    """A model of its own for each test, in eval mode, with all that learns drawn at random."""
+    built = {}
+
+    def get(name):
+        if name not in built:
+            built.clear()
+            built[name] = randomise(build_backbone(name))
+        return copy.deepcopy(built[name])
+
+    return get
 
 
 @pytest.fixture(scope="session")

@@ -25,20 +25,6 @@ every_family = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(scope="module")
-def build(randomise):
-    """A model of its own for each test, in eval mode, with all that learns drawn at random."""
-    built = {}
-
-    def get(name):
-        if name not in built:
-            built.clear()
-            built[name] = randomise(build_backbone(name))
-        return copy.deepcopy(built[name])
-
-    return get
-
-
 @pytest.fixture
 def images():
     return torch.randn(2, 3, 64, 64)

@@ -33,19 +33,6 @@ every_family = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(scope="module")
-def build(randomise):
-    built = {}
-
-    def get(name):
-        if name not in built:
-            built.clear()
-            built[name] = randomise(build_backbone(name))
-        return copy.deepcopy(built[name])
-
-    return get
-
-
 @torch.no_grad()
 def worst(model, other, images):
     """The largest difference of maps, over the largest number in the map."""
