@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -167,6 +168,7 @@ def write_folder(
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     config = {"library_name": LIBRARY, "library_version": version(LIBRARY), "format": FORMAT, **config}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors lets nobody but its owner read what it writes
     if not (folder / CARD).exists():
         (folder / CARD).write_text(card(name or folder.resolve().name), encoding="utf-8")
     return folder

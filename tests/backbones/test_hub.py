@@ -1,7 +1,9 @@
 """Backbones go into folders and onto the hub, and come out as they were."""
 
 import json
+import os
 import shutil
+import stat
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -68,6 +70,19 @@ def test_a_saved_backbone_comes_back(saved):
     assert again.drop_path_rate == 0.1
     assert again.build_options == {k: list(v) if isinstance(v, tuple) else v for k, v in OPTIONS.items()}
     assert_same(model, again)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007, 0o077], ids=oct)
+def test_saved_files_can_be_read_by_whom_the_umask_lets(umask, saved, tmp_path):
+    before = os.umask(umask)
+    try:
+        files = list(saved[0].save_pretrained(tmp_path / "shared").iterdir())
+        saved[0].save_pretrained(tmp_path / "shared")  # over what is there
+    finally:
+        os.umask(before)
+    assert {file.name: oct(stat.S_IMODE(file.stat().st_mode)) for file in files} == dict.fromkeys(
+        ("README.md", "config.json", "model.safetensors"), oct(0o666 & ~umask)
+    )
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,8 @@ def test_a_classifier_as_a_program_of_torch(tmp_path, randomise):
     assert json.loads(files["metadata.json"]) == exported.metadata
     assert exported.metadata["task"] == "classification"
     assert exported.metadata["outputs"] == ["logits"]
+    (tmp_path / "neighbour").touch()
+    assert exported.file.stat().st_mode == (tmp_path / "neighbour").stat().st_mode
 
 
 def test_a_backbone_has_an_output_per_map_and_may_leave_normalisation_outside(tmp_path, randomise):

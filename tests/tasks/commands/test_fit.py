@@ -136,6 +136,18 @@ def test_a_run_folder_holds_all_of_a_run(trained):
     assert config["model"]["backbone"]["name"] == "pvt_v2_b0"
 
 
+def test_files_of_a_run_and_of_its_predictions_can_be_read_by_whom_the_umask_lets(trained, workplace):
+    photo = workplace / "photo.png"
+    Image.new("RGB", (40, 30)).save(photo)
+    ckpt = str(trained / "checkpoints" / "best.ckpt")
+    assert main(["predict", "segmentation", "--ckpt", ckpt, "--images", str(photo), "--out", "predicted"]) == 0
+    files = [path for folder in (trained, workplace) for path in folder.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"last.ckpt", "curves.png", "predictions.png", "metrics.csv", "photo.png"}
+    assert {path.name: oct(path.stat().st_mode) for path in files} == {
+        path.name: oct(photo.stat().st_mode) for path in files
+    }
+
+
 def test_the_config_of_a_run_trains_the_same_again(trained, workplace):
     assert main(["fit", "segmentation", "--config", str(trained / "config.yaml"), "--out", "again"]) == 0
     assert same(weights(trained), weights(workplace / "again"))
