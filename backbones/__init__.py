@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .hookspecs import hookimpl
     from .hub import from_pretrained
     from .inference import for_inference
+    from .layers import Blocks
+    from .pyramid import Pyramid
     from .registry import PluginInfo, backbone_info, build_backbone, list_backbones, plugins, refresh, register
     from .specs import BackboneInfo, BackboneSpec, Weights
     from .weights import LoadReport
@@ -37,6 +39,7 @@ __all__ = [
     "BackboneError",
     "BackboneInfo",
     "BackboneSpec",
+    "Blocks",
     "FeatureInfo",
     "IncompatiblePlugin",
     "InputError",
@@ -45,6 +48,7 @@ __all__ = [
     "MissingDependency",
     "PluginError",
     "PluginInfo",
+    "Pyramid",
     "UnknownBackbone",
     "Weights",
     "WeightsError",
@@ -68,6 +72,8 @@ _NAMES = {
     "hookspecs": "hookimpl",
     "hub": "from_pretrained",
     "inference": "for_inference",
+    "layers": "Blocks",
+    "pyramid": "Pyramid",
     "registry": "PluginInfo backbone_info build_backbone list_backbones plugins refresh register",
     "specs": "BackboneInfo BackboneSpec Weights",
     "weights": "LoadReport",

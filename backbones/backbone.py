@@ -1,11 +1,9 @@
 """The contract: what every backbone is, and what it gets from its base class."""
 
 import itertools
-import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +15,7 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from . import saving
+from .arguments import MOST_CHANNELS, MOST_CLASSES, OutIndices, check_count, resolve_indices
 from .errors import InputError, PluginError
 from .layers import (
     Blocks,
@@ -37,18 +36,13 @@ from .weights import KeyLayout, LoadReport, read_checkpoint
 
 __all__ = ["Backbone", "FeatureInfo"]
 
-#: Beyond any camera, and beyond any list of names; what is larger is a mistake that would take all memory.
-MOST_CHANNELS, MOST_CLASSES = 10_000, 10_000_000
-
-OutIndices = int | Sequence[int] | None
-
 
 class _Finished(type):
-    """Calls `_finish` once the outermost constructor has returned, so that no architecture has to."""
+    """Calls `finish` once the outermost constructor has returned, so that no architecture has to."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         model = super().__call__(*args, **kwargs)
-        model._finish()
+        model.finish()
         return model
 
 
@@ -80,32 +74,67 @@ class Backbone(Layer, metaclass=_Finished):
 
     Raises:
         InputError: an option or an image that cannot work; it names the range that can.
+
+    What an architecture may override; all else is for those who call it. Attributes may be properties, and what
+    depends on options is set in the constructor, `output_strides` and `global_pools` before the base class's is called.
+
+    ==========================  =====================================================================================
+    attribute                   what it says
+    ==========================  =====================================================================================
+    size_divisor                images are zero-padded, right and bottom, to a multiple of this; maps are cropped back
+    output_strides              strides of the whole network that `output_stride` may ask for
+    global_pools                pooling that the classifier knows, for `global_pool`
+    stem_pattern                expression that matches names of the stem's parameters, for layer-wise lr decay
+    block_pattern               the same of what belongs to block m of stage n, in groups; blocks in order of the groups
+    new_parts                   parts that published classification checkpoints lack, or have for other classes
+    left_out                    parts of published checkpoints that the architecture does without on purpose
+    key_layouts                 key layouts of published checkpoints, tried beside its own names; the best fit wins
+    own_layout                  whose parameter names the architecture has, for reports
+    remedies                    of parts that some variants have: pattern of their names, what they are, what takes them
+    weight_options              options that only say which weights to load; a saved model is built without them
+    overwrites                  True for layers of a library that overwrite what other layers have returned
+    low_precision               False keeps `for_inference(dtype=torch.bfloat16)` from running it in that precision
+    ==========================  =====================================================================================
+
+    ==========================  =====================================================================================
+    method                      what it does
+    ==========================  =====================================================================================
+    forward_features            maps of images, by index; where the network is not `stem`, then `stages`
+    forward                     checks images, pads, crops; for a whole network of another library
+    pad                         images as `forward_features` takes them
+    forward_head                logits of unpooled features
+    make_norm                   the classifier's norm before pooling; none by itself
+    make_pre_logits             what the classifier has between pooling and logits; nothing by itself
+    make_head                   sets the classifier's last layer, `head`, for `num_classes`
+    get_classifier              the last layer, where it is not `head` alone
+    reset_classifier            a last layer for other classes, where `make_head` alone does not do
+    make_out_norm               norm of one map for `out_norm=True`
+    freezable                   what `frozen_stages` freezes, in turn; where the network is not `stem`, then `stages`
+    group_matcher               layers in timm's convention, for lr decay; where the two patterns do not do
+    no_weight_decay             names of what takes no weight decay beside norms, biases and `PositionBias`
+    set_grad_checkpointing      checkpointing of what neither `Blocks` nor a stage is; extend it
+    train                       training and eval mode; extend it
+    read_weights                a file of weights under names that `key_layouts` knows
+    adapt_table                 a checkpoint's table in this model's size; `RelativePositionBias` is resized by itself
+    whole_names                 names of all that the architecture has with its options
+    finish                      what is done once the outermost constructor has returned; extend it
+    prepare_for_inference       what takes this model's place in `for_inference`; extend it
+    extra_repr                  options in what `print` shows
+    ==========================  =====================================================================================
     """
 
-    #: Key layouts of published checkpoints, tried beside the model's own names; the best fit wins.
     key_layouts: ClassVar[tuple[KeyLayout, ...]] = ()
-    #: Whose parameter names the architecture uses, for reports.
     own_layout: ClassVar[str] = "own"
-    #: Parts that published classification checkpoints do not hold, or hold for other classes.
     new_parts: ClassVar[tuple[str, ...]] = ("head", "out_norms")
-    #: Parts of published checkpoints that the architecture does without on purpose.
     left_out: ClassVar[tuple[str, ...]] = ()
-    #: Of parts that only some variants or options have: pattern of their names, what they are, what takes them.
     remedies: ClassVar[tuple[tuple[str, str, str], ...]] = ()
-    #: Options, beside `pretrained`, that only say which weights to load; a saved model is built without them.
     weight_options: ClassVar[tuple[str, ...]] = ()
-    #: Which parameters are the stem's, and which belong to block m of stage n, for layer-wise lr decay.
     stem_pattern: ClassVar[str] = r"^stem"
     block_pattern: ClassVar[str] = r"^stages\.(\d+)\.blocks\.(\d+)"
-    #: Strides of the whole network that `output_stride` may ask for.
     output_strides: ClassVar[tuple[int, ...]] = (32,)
-    #: Pooling that the classifier knows.
     global_pools: ClassVar[tuple[str, ...]] = ("avg",)
-    #: Whether its layers are those of a library that overwrites what other layers have returned.
     overwrites: ClassVar[bool] = False
-    #: Whether `backbones.for_inference` may run it in the low precision that it is asked for.
     low_precision: ClassVar[bool] = True
-    #: Images are zero-padded, right and bottom, to a multiple of this; maps are cropped back.
     size_divisor: int = 1
 
     stem: nn.Module
@@ -144,15 +173,8 @@ class Backbone(Layer, metaclass=_Finished):
             )
         if not 0.0 <= drop_path_rate < 1.0:
             raise InputError(f"{name}: drop_path_rate={drop_path_rate} must be at least 0 and under 1")
-        for option, value, least, most in (
-            ("in_chans", in_chans, 1, MOST_CHANNELS),
-            ("num_classes", num_classes, 0, MOST_CLASSES),
-        ):
-            if not isinstance(value, Integral) or isinstance(value, bool):
-                raise InputError(f"{name}: {option}={value!r} must be an integer")
-            if not least <= value <= most:
-                bound = f"at least {least}" if value < least else f"at most {most:,}"
-                raise InputError(f"{name}: {option}={value} must be {bound}")
+        check_count(name, "in_chans", in_chans, 1, MOST_CHANNELS)
+        check_count(name, "num_classes", num_classes, 0, MOST_CLASSES)
         if not features_only and out_indices is not None:
             raise InputError(
                 f"{name}: out_indices chooses feature maps, and features_only=False builds a classifier; "
@@ -173,7 +195,7 @@ class Backbone(Layer, metaclass=_Finished):
         self.drop_rate = drop_rate
         self.global_pool = global_pool
 
-        self.out_indices = _resolve_indices(out_indices, len(channels), name)
+        self.out_indices = resolve_indices(out_indices, len(channels), name)
         if output_stride < 32:  # 32 leaves an architecture as it is, coarser maps included
             strides = [min(stride, output_stride) for stride in strides]
         levels = [
@@ -259,7 +281,7 @@ class Backbone(Layer, metaclass=_Finished):
         self.num_classes = num_classes
         self.global_pool = global_pool or self.global_pool
         like = next(self.parameters())
-        self._make_head()
+        self.make_head()
         for name, part in self.named_children():
             if name in self.new_parts:
                 part.to(device=like.device, dtype=like.dtype).train(self.training)
@@ -354,6 +376,11 @@ class Backbone(Layer, metaclass=_Finished):
         """What a classifier has between its pooling and the layer that yields logits; nothing as a rule."""
         return nn.Identity()
 
+    def make_head(self) -> None:
+        """Sets `head`, the layer that yields logits; anew in `reset_classifier`."""
+        self.head = nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
+        self.head.apply(init_linear)
+
     def make_out_norm(self, channels: int) -> nn.Module:
         """Norm of one map for `out_norm=True`."""
         return layer_norm_2d(channels)
@@ -380,7 +407,8 @@ class Backbone(Layer, metaclass=_Finished):
 
     # How it is put together
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Adds norms or a classifier, checkpointing, freezing and training mode to what the constructors built."""
         if self.features_only:
             # Named by index, so that a part of a pyramid takes the weights of all of it.
             self.out_norms = nn.ModuleDict(
@@ -394,7 +422,7 @@ class Backbone(Layer, metaclass=_Finished):
         else:
             self.norm = self.make_norm()
             self.pre_logits = self.make_pre_logits().apply(init_linear)
-            self._make_head()
+            self.make_head()
         self.set_grad_checkpointing(self.checkpointing)
         convs = (name for name, module in self.named_modules() if isinstance(module, nn.Conv2d))
         self.pretrained_cfg["first_conv"] = next(convs, None)
@@ -407,10 +435,6 @@ class Backbone(Layer, metaclass=_Finished):
         for part in self._frozen_parts():
             part.requires_grad_(False)
         self.train()
-
-    def _make_head(self) -> None:
-        self.head = nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
-        self.head.apply(init_linear)
 
     def _frozen_parts(self) -> list[nn.Module | nn.Parameter]:
         return list(itertools.chain.from_iterable(self.freezable()[: self.frozen_stages + 1]))
@@ -443,29 +467,3 @@ class Backbone(Layer, metaclass=_Finished):
             raise InputError(f"{expected}, got {images.dtype}; scale to [0, 1] and normalise first")
         if images.shape[2] < 1 or images.shape[3] < 1:
             raise InputError(f"{expected} with H and W of at least 1, got {tuple(images.shape)}")
-
-
-def _resolve_indices(out_indices: OutIndices, count: int, name: str) -> tuple[int, ...]:
-    """Non-negative ascending indices of what the caller asked for."""
-    valid = f"valid indices are 0 to {count - 1}, or -{count} to -1, ascending; an int n takes the last n"
-    if out_indices is None:
-        return tuple(range(count))
-    if isinstance(out_indices, Iterable):
-        try:
-            given = [operator.index(i) for i in out_indices]
-        except TypeError:
-            raise InputError(f"{name}: out_indices={out_indices!r} are not integers; {valid}") from None
-    else:
-        try:
-            last = operator.index(out_indices)
-        except TypeError:
-            raise InputError(f"{name}: out_indices={out_indices!r} is no integer; {valid}") from None
-        if not 1 <= last <= count:
-            raise InputError(f"{name}: out_indices={last} takes the last {last} of {count} maps; {valid}")
-        given = list(range(count - last, count))
-    if not given or any(not -count <= i < count for i in given):
-        raise InputError(f"{name}: out_indices={given} is out of range; {valid}")
-    resolved = tuple(i % count for i in given)
-    if list(resolved) != sorted(set(resolved)):
-        raise InputError(f"{name}: out_indices={given} must ascend without repeats; {valid}")
-    return resolved

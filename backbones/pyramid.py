@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .errors import InputError
 from .layers import ceil_div, layer_norm_2d, pad_to_multiple
 
 
@@ -19,6 +20,10 @@ class Pyramid(nn.Module):
     With `halve`, each up-sampling halves the width and LayerNorms stand between: the simple pyramid of
     ViTDet (Li et al., https://arxiv.org/abs/2203.16527). Without, widths stay and BatchNorms stand between,
     as in the dense-prediction code of BEiT.
+
+        channels = Pyramid.channels(dim, 16, (4, 8, 16, 32))    # what a Backbone declares
+        self.pyramid = Pyramid(dim, 16, self.strides)           # the levels that `out_indices` asks for
+        return dict(zip(self.out_indices, self.pyramid(last_map)))
 
     Args:
         dim: width of the maps.
@@ -39,8 +44,14 @@ class Pyramid(nn.Module):
         """Widths of the levels that a pyramid of these arguments has."""
         return tuple(dim >> max(0, _doublings(stride, s)) if halve else dim for s in out_strides)
 
-    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """One map (B, dim, h, w) per level in, one map per level out."""
+    def forward(self, maps: Tensor | Sequence[Tensor]) -> list[Tensor]:
+        """One map (B, dim, h, w) for all levels, or one for each, in; one map per level out."""
+        if isinstance(maps, Tensor):
+            maps = [maps] * len(self.out_strides)
+        if len(maps) != len(self.out_strides):
+            raise InputError(
+                f"a Pyramid of strides {self.out_strides} takes a map for each, or a tensor for all; got {len(maps)}"
+            )
         levels = (
             self._exact(self.levels[str(out_stride)](x), x, out_stride)
             for x, out_stride in zip(maps, self.out_strides, strict=True)

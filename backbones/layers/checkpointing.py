@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 
-def checkpoint(module: nn.Module, x: Tensor) -> Any:
-    """What `module` makes of `x`; its activations are recomputed in the backward pass, and nothing else changes."""
+def checkpoint(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """`module(*args, **kwargs)`, its activations recomputed in the backward pass; nothing else changes."""
     calls = 0
 
-    def run(x: Tensor) -> Any:
+    def run(*args: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 1 or torch.compiler.is_compiling():
-            return module(x)
+            return module(*args, **kwargs)
         with statistics_held(module):
-            return module(x)
+            return module(*args, **kwargs)
 
-    return torch_checkpoint(run, x, use_reentrant=False)
+    return torch_checkpoint(run, *args, use_reentrant=False)
 
 
 @contextmanager

@@ -111,8 +111,8 @@ class EfficientFormer(Backbone):
     def make_out_norm(self, channels: int) -> nn.Module:
         return layer_norm_2d(channels, eps=1e-5)
 
-    def _make_head(self) -> None:
-        super()._make_head()
+    def make_head(self) -> None:
+        super().make_head()
         self.head_dist = nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
         self.head_dist.apply(init_linear)
 

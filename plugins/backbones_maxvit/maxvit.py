@@ -193,8 +193,8 @@ class MaxViT(Backbone):
     def make_norm(self) -> nn.Module:
         return nn.Identity() if self.hidden_head else layer_norm_2d(self.num_features, self.norm_eps)
 
-    def _make_head(self) -> None:
-        super()._make_head()
+    def make_head(self) -> None:
+        super().make_head()
         if not self.head_bias and self.num_classes:
             self.head.register_parameter("bias", None)
 

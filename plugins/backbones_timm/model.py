@@ -344,7 +344,7 @@ class TimmBackbone(Backbone):
         names = self.pretrained_cfg.get("classifier") or ()
         return (names,) if isinstance(names, str) else tuple(names)
 
-    def _make_head(self) -> None:
+    def make_head(self) -> None:
         """timm's model has its own."""
 
 

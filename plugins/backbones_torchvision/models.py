@@ -110,8 +110,8 @@ class TorchvisionBackbone(Backbone):
         kinds = ("relative_position_bias_table", "cpb_mlp", "logit_scale", "layer_scale")
         return {name for name, _ in self.named_parameters() if any(kind in name for kind in kinds)}
 
-    def _finish(self) -> None:
-        super()._finish()
+    def finish(self) -> None:
+        super().finish()
         del self._classifier
         if self._published:
             load_pretrained(self, find_backbone(self.model), self._published)

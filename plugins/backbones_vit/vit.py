@@ -232,13 +232,15 @@ class VisionTransformer(Backbone):
         height, width = x.shape[1:3]
         x = self._embed(x)
         if not self.features_only:
-            return self.norm(run_blocks(self.blocks, x, self.checkpointing and self.training).flatten(1, -2))
+            return self.norm(
+                run_blocks(self.blocks, x, checkpointing=self.checkpointing and self.training).flatten(1, -2)
+            )
 
         indices = [i for i in self.out_indices if self.taps[i]]
         wanted = {self.taps[i]: None for i in indices}
         start = 0
         for end in wanted:
-            x = run_blocks(self.blocks[start:end], x, self.checkpointing and self.training)
+            x = run_blocks(self.blocks[start:end], x, checkpointing=self.checkpointing and self.training)
             patches = self.norm(x) if self.out_norm else x
             if self.prefix_tokens:
                 patches = patches[:, self.prefix_tokens :]
@@ -359,7 +361,7 @@ class VisionTransformer(Backbone):
             x = x + positions[:, self.prefix_tokens :]
         return torch.cat([*(t.expand(batch, -1, -1) for t in tokens), x], dim=1)
 
-    def _make_head(self) -> None:
+    def make_head(self) -> None:
         dim, pool, size = self.num_features, self.global_pool, self.representation_size
         # Averages are normed after pooling, as in timm; a class token before.
         norm = self.fc_norm if isinstance(self.norm, nn.Identity) else self.norm

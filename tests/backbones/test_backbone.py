@@ -1,7 +1,9 @@
 """The base class, on a small architecture written as a plugin author would."""
 
 import copy
+import importlib
 import math
+import re
 
 import pytest
 import torch
@@ -12,8 +14,8 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.utils.data import default_collate
 
-from backbones import Backbone, InputError, wrap
-from backbones.layers import Blocks
+from backbones import Backbone, InputError, registry, wrap
+from backbones.layers import Blocks, Layer
 from backbones.testing import parametrize_backbones
 
 SIZES = [(224, 224), (250, 333), (97, 161), (33, 65), (5, 300), (1, 1)]
@@ -259,6 +261,54 @@ def test_wrap_names_a_wrong_number_of_maps():
     model = wrap(Foreign(), channels=(6, 10, 12), strides=(8, 16, 32))
     with pytest.raises(InputError, match="Foreign returned 2 maps where 3 were declared"):
         model(torch.randn(1, 3, 64, 64))
+
+
+# What is for callers alone; all else that is public may be overridden, and the docstring's table says so.
+FOR_CALLERS = {
+    "out_channels",
+    "strides",
+    "default_cfg",
+    "save_pretrained",
+    "push_to_hub",
+    "wanted",
+    "drop_path_rates",
+    "fast",
+}
+#: Methods of any nn.Module that it extends, or that modules may.
+OF_ANY_MODULE = {"__init__", "__getstate__", "__setstate__"}
+
+
+def overridable():
+    """Names in the tables of `Backbone`'s docstring, each with what it says."""
+    lines = re.findall(r"^    (\w+) {2,}(\S.*)$", Backbone.__doc__, re.MULTILINE)
+    return dict(line for line in lines if line[0] not in ("attribute", "method"))
+
+
+def public(cls):
+    return {name for name in vars(cls) if not name.startswith("_")}
+
+
+def test_the_docstring_has_all_that_may_be_overridden_each_with_a_line():
+    assert overridable().keys() | FOR_CALLERS == public(Backbone) | public(Layer)
+    assert not overridable().keys() & FOR_CALLERS
+    assert all(len(line) > 20 for line in overridable().values())
+
+
+def test_what_our_plugins_override_is_in_the_docstring():
+    entries = {spec.entry.partition(":")[0] for plugin in registry._plugins() for spec in plugin.specs.values()}
+    for module in [*entries, "backbones_transformers.models", "backbones_timm.model"]:
+        importlib.import_module(module)
+    classes = [cls for cls in subclasses(Backbone) if cls.__module__.startswith("backbones")]
+    assert len(classes) > 15
+    taken = {name for cls in classes for name in vars(cls) if hasattr(Backbone, name) and not hasattr(object, name)}
+    taken -= {"__module__", "__annotations__", "__dict__", "__weakref__", *OF_ANY_MODULE}
+    assert taken <= overridable().keys()
+    assert len(taken) > 20
+
+
+def subclasses(cls):
+    for sub in cls.__subclasses__():
+        yield from (sub, *subclasses(sub))
 
 
 def test_maps_collate_as_plain_tensors():

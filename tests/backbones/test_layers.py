@@ -131,16 +131,68 @@ def test_padding_is_zero_at_the_right_and_bottom_only():
     assert pad_to_multiple(padded, 4) is padded
 
 
-def test_blocks_recompute_to_the_same_gradients():
-    blocks = Blocks(*(nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5)) for _ in range(3)))
-    x = torch.randn(4, 6)
-    gradients = []
+class Shifted(nn.Module):
+    """A block that takes a table, and may take a mask, beside what it changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm, self.dropout = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.5)
+
+    def forward(self, x, table, mask=None):
+        y = self.dropout(self.norm(self.linear(x))) + table
+        return x + (y if mask is None else y * mask)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_blocks_pass_on_what_they_are_given_and_recompute_to_the_same_gradients(masked):
+    blocks = Blocks(*(Shifted() for _ in range(3)))
+    state = copy.deepcopy(blocks.state_dict())
+    x, table, mask = torch.randn(4, 6), torch.randn(6, requires_grad=True), torch.rand(4, 1, requires_grad=True)
+    learning = [table, *([mask] if masked else []), *blocks.parameters()]
+    results = []
     for blocks.checkpointing in (False, True):
-        blocks.zero_grad()
+        blocks.load_state_dict(state)
         torch.manual_seed(0)
-        blocks(x).sum().backward()
-        gradients.append([p.grad.clone() for p in blocks.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+        out = blocks(x, table, mask=mask if masked else None)
+        results.append([out, *torch.autograd.grad(out.square().sum(), learning), *blocks.buffers()])
+        results[-1] = [value.clone() for value in results[-1]]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_slice_of_blocks_runs_as_the_whole_does(training, monkeypatch):
+    recomputed = []
+    monkeypatch.setattr(
+        "backbones.layers.blocks.checkpoint", lambda block, *args: recomputed.append(block) or block(*args)
+    )
+    blocks = Blocks(*(Shifted() for _ in range(4))).train(training)
+    blocks.checkpointing = True
+    x = table = torch.ones(3, 6)
+    part = blocks[1:3]
+    assert list(part) == list(blocks)[1:3]
+    assert part.training is training
+    part(x, table)
+    assert recomputed == (list(part) if training else [])
+    assert isinstance(blocks[0], Shifted)
+
+
+def test_blocks_of_a_slice_export_and_compile_in_one_graph():
+    class Tapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = Blocks(*(Shifted() for _ in range(4)))
+
+        def forward(self, x):
+            first = self.blocks[:2](x, x)
+            return first, self.blocks[2:](first, x, mask=x)
+
+    model, x = Tapped().eval(), torch.randn(5, 6)
+    expected = model(x)
+    for program in (
+        torch.export.export(model, (x,)).module(),
+        torch.compile(model, fullgraph=True, backend="eager"),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(program(x), expected, strict=True))
 
 
 @pytest.mark.parametrize(

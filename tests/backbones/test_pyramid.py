@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from backbones.pyramid import Pyramid
+from backbones import InputError, Pyramid
 
 STRIDES = (4, 8, 16, 32)
 
@@ -37,3 +37,11 @@ def test_max_pooling_keeps_the_last_cell_of_an_odd_side():
     (level,) = Pyramid(4, 16, (32,))([x])
     assert level.shape == (1, 4, 2, 2)
     assert level[0, 0].tolist() == [[-5.0, -5.0], [-5.0, -1.0]]
+
+
+def test_one_map_serves_all_levels_and_a_wrong_number_is_told():
+    pyramid, x = Pyramid(16, 16, STRIDES).eval(), torch.randn(1, 16, 3, 5)
+    for a, b in zip(pyramid(x), pyramid([x] * 4), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(InputError, match=r"strides \(4, 8, 16, 32\) takes a map for each, or a tensor for all; got 3"):
+        pyramid([x] * 3)
