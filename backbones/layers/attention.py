@@ -6,28 +6,38 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from . import onednn
+from .inference import Layer
 
 # Attention weights, between some queries and all keys, that are held at a time: what stays in a CPU's cache.
 WEIGHTS = 2**20
+# Attention weights of one head from which on a product of matrices by itself is quicker than PyTorch's attention.
+MANY_WEIGHTS = 2**18
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None, fast: bool = False) -> Tensor:
     """Multi-head attention of queries (B, N, C) to keys and values (B, M, C); returns (B, N, C).
 
-    The heads split C evenly. `bias` is added to the logits and broadcasts to (B, heads, N, M).
+    The heads split C evenly. `bias` is added to the logits and broadcasts to (B, heads, N, M). `fast` as a `Layer` is.
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, N, C / heads)
-    return scaled_attention(q, k, v, bias).transpose(1, 2).flatten(2)
+    return scaled_attention(q, k, v, bias, fast=fast).transpose(1, 2).flatten(2)
 
 
-def scaled_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
+def scaled_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None, fast: bool = False
+) -> Tensor:
     """`scaled_dot_product_attention` of queries (B, heads, N, d) to keys (B, heads, M, d) and values (B, heads, M, e).
 
     In bfloat16 on a CPU that multiplies such matrices, PyTorch's own takes as long as in float32; there, products of
-    matrices do it in half the time, for some queries at a time.
+    matrices do it in half the time, for some queries at a time. In float32, PyTorch's multiplies by MKL, and oneDNN is
+    up to twice as quick; FLOP counters do not see it, so only layers that are `fast` use it.
     """
-    if onednn.can_run(q, k) and q.dtype == torch.bfloat16 and not torch.is_grad_enabled():
-        return _attend_by_products(q, k, v, bias, q.shape[-1] ** -0.5 if scale is None else scale)
+    if onednn.can_run(q, k) and not torch.is_grad_enabled():
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        if q.dtype == torch.bfloat16:
+            return _attend_by_products(q, k, v, bias, factor)
+        if fast and bias is None and q.shape[2] * k.shape[2] >= MANY_WEIGHTS:
+            return _attend_by_heads(q, k, v, factor)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 
@@ -46,7 +56,22 @@ def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sc
     return out.unflatten(0, (batch, heads))
 
 
-class Attention(nn.Module):
+def _attend_by_heads(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    batch, heads, queries, _ = q.shape
+    out = q.new_empty(batch, queries, heads, v.shape[-1])  # as whoever joins the heads wants it
+    rows = max(1024, 4 * WEIGHTS // k.shape[2])
+    for i in range(batch):
+        for head in range(heads):
+            keys, values = k[i, head] * scale, v[i, head].mT.contiguous()
+            for start in range(0, queries, rows):
+                some = slice(start, start + rows)
+                weights = onednn.linear(q[i, head, some], keys, None, None)
+                torch.softmax(weights, -1, out=weights)
+                out[i, some, head] = onednn.linear(weights, values, None, None)
+    return out.transpose(1, 2)
+
+
+class Attention(Layer):
     """Multi-head self-attention over tokens (B, N, C).
 
     Args:
@@ -64,10 +89,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.proj(attend(*self.qkv(x).chunk(3, dim=-1), self.heads, bias))
+        return self.proj(attend(*self.qkv(x).chunk(3, dim=-1), self.heads, bias, self.fast))
 
 
-class SpatialReductionAttention(nn.Module):
+class SpatialReductionAttention(Layer):
     """Attention of every cell of a map (B, H, W, C) to a smaller map, which a strided convolution makes of it.
 
     As in PVT (Wang et al., https://arxiv.org/abs/2102.12122).
@@ -91,7 +116,7 @@ class SpatialReductionAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         k, v = self.kv(self.reduce(x).flatten(1, 2)).chunk(2, dim=-1)
-        return self.proj(attend(self.q(x).flatten(1, 2), k, v, self.heads)).reshape(x.shape)
+        return self.proj(attend(self.q(x).flatten(1, 2), k, v, self.heads, fast=self.fast)).reshape(x.shape)
 
     def reduce(self, x: Tensor) -> Tensor:
         """The map that keys and values come from: (B, H, W, C) -> (B, h, w, C)."""

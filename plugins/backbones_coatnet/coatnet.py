@@ -52,8 +52,8 @@ TIMM = KeyLayout(
     ),
 )
 HEAD_DIM = 32
-# Numbers in the largest bias that is made whole: 16 MB in float32.
-WHOLE_BIAS = 2**22
+# Numbers in the largest bias that is made whole, 16 MB in float32, and that is kept by `for_inference`.
+WHOLE_BIAS, KEPT_BIAS = 2**22, 2**24
 # Numbers in the bias of one band of rows of a larger map: what stays in a CPU's cache.
 BAND_BIAS = 2**20
 
@@ -211,7 +211,7 @@ class TransformerBlock(Layer):
         return residual(x, self.drop_path(self.mlp(self.norm2(x))), _per_channel(self.ls2), spare=self.fast)
 
 
-class Attention(nn.Module):
+class Attention(Layer):
     """Attention among all cells of a map, with a bias for their offset: (B, in_chans, H, W) -> (B, out_chans, H, W)."""
 
     def __init__(self, in_chans: int, dim: int, out_chans: int, grid: tuple[int, int], position_hidden: int | None):
@@ -228,7 +228,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).permute(0, 2, 3, 1).reshape(batch, height * width, self.heads, 3, HEAD_DIM)
         q, k, v = qkv.permute(3, 0, 2, 1, 4)  # (B, heads, N, 32) each
         banded = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if banded and self.heads * (height * width) ** 2 > WHOLE_BIAS:
+        if banded and self.heads * (height * width) ** 2 > (KEPT_BIAS if self.fast else WHOLE_BIAS):
             x = self._attend_by_bands(q, k, v, height, width)
         else:
             x = scaled_attention(q, k, v, self.rel_pos(height, width).to(q.dtype))

@@ -202,7 +202,7 @@ class SparseAttention(Layer):
             self.norm = nn.LayerNorm(dim, eps=1e-5)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        y = attend(*self.qkv(x).flatten(1, 2).chunk(3, dim=-1), self.heads).reshape(x.shape)
+        y = attend(*self.qkv(x).flatten(1, 2).chunk(3, dim=-1), self.heads, fast=self.fast).reshape(x.shape)
         return self.proj(self.norm(self.propagate(y, height, width)) if self.rate > 1 else y)
 
     def propagate(self, x: Tensor, height: int, width: int) -> Tensor:

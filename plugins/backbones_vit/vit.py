@@ -432,7 +432,7 @@ class NormedAttention(Attention):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self.qkv(x).chunk(3, dim=-1))
         q, k = self.q_norm(q), self.k_norm(k)
-        return self.proj(attend(*(part.flatten(-2) for part in (q, k, v)), self.heads, bias))
+        return self.proj(attend(*(part.flatten(-2) for part in (q, k, v)), self.heads, bias, self.fast))
 
 
 class Block(Layer):

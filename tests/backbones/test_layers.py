@@ -104,6 +104,15 @@ def test_attention_equals_the_formula():
     torch.testing.assert_close(attend(q, k, v, heads=2), (weights @ heads[2]).transpose(1, 2).reshape(2, 5, 8))
 
 
+@pytest.mark.parametrize("keys", [1, 700])
+def test_fast_attention_to_many_keys_equals_pytorchs(keys):
+    q, k, v = torch.randn(2, 900, 3 * 16), torch.randn(2, keys, 3 * 16), torch.randn(2, keys, 3 * 16)
+    before = k.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(attend(q, k, v, heads=3, fast=True), attend(q, k, v, heads=3), atol=1e-5, rtol=0)
+    assert torch.equal(k, before)
+
+
 def test_attention_names_heads_that_do_not_fit():
     with pytest.raises(InputError, match="3 heads do not divide a width of 8"):
         Attention(8, 3)

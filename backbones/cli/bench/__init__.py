@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 
 from backbones.cli.output import print_hint, print_json, print_table
 from backbones.errors import InputError
+from backbones.memory import keep_memory
 
 from .cases import RUNTIMES, Case, columns
 from .timing import Result, machine, measure
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if torch.device(device).type != "cpu" and set(args.vs) & set(RUNTIMES):
         raise InputError(f"--vs {' '.join(RUNTIMES)} run on a CPU: add --device cpu, or leave them out")
+    keep_memory()
     load = Case(
         name="",
         size=(args.size[0], args.size[-1]),

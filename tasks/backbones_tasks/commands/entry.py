@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from backbones.errors import InputError
+from backbones.memory import keep_memory
 
 from ..options import TASKS, TRAINING, nearest, require
 
@@ -54,6 +55,7 @@ def _run(command: str, argv: Sequence[str]) -> int:
     if argv[0] not in TASKS:
         raise InputError(f"backbones {command}: unknown task {argv[0]!r}; {nearest(argv[0], TASKS)}")
     require(f"backbones {command}", "train", *TRAINING)
+    keep_memory()
     if command == "predict":
         from .predict import predict as run
 
