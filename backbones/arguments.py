@@ -16,7 +16,7 @@ def check_count(name: str, option: str, value: object, least: int, most: int) ->
     """Raise InputError for an option that is no integer from `least` to `most`."""
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise InputError(f"{name}: {option}={value!r} must be an integer")
-    if not least <= value <= most:
+    if not least <= int(value) <= most:
         bound = f"at least {least}" if value < least else f"at most {most:,}"
         raise InputError(f"{name}: {option}={value} must be {bound}")
 

@@ -40,6 +40,27 @@ class _Wrapped(Backbone):
         self.size_divisor = size_divisor or (1 if image_size else max(self._all_strides))
         self._finds_divisor = size_divisor is None and image_size is None
         self._form: _Form | None = None
+        self._count = len(self._all_strides)  # of maps that are looked at, finest first
+
+    def finish(self) -> None:
+        self._leave_out_coarse_parts()
+        super().finish()
+
+    def _leave_out_coarse_parts(self) -> None:
+        """Does without the parts of maps coarser than those asked for, where the others are the same without them."""
+        count = self.out_indices[-1] + 1
+        parts = {name: self.get_submodule(name) for name, _ in self._parts()[1 + count :]}
+        whole = self._trial() if parts else None
+        if whole is None:
+            return
+        self._count = count
+        for name in parts:
+            self.set_submodule(name, _LeftOut())
+        part = self._trial()
+        if part is None or not all(map(_same, part, whole)):
+            self._count = len(whole)
+            for name, module in parts.items():
+                self.set_submodule(name, module)
 
     @property
     def _name(self) -> str:
@@ -65,7 +86,8 @@ class _Wrapped(Backbone):
 
     def _grids(self, images: Tensor) -> list[tuple[int, ...]]:
         """Height and width of each map of images."""
-        return [tuple(ceil_div(side, stride) for side in images.shape[-2:]) for stride in self._all_strides]
+        strides = self._all_strides[: self._count]
+        return [tuple(ceil_div(side, stride) for side in images.shape[-2:]) for stride in strides]
 
     @property
     def _all_strides(self) -> list[int]:
@@ -103,7 +125,7 @@ class _Wrapped(Backbone):
             if len(forms) > 1 and self._form is None:
                 form = self._tell_apart(forms, maps[0])
             self._form = form
-        ordered = maps[::-1] if form.coarse_first else maps
+        ordered = (maps[::-1] if form.coarse_first else maps)[: self._count]
         rows = zip(ordered, form.layouts, self._grids(images), strict=True)
         return [_LAYOUTS[layout].to_nchw(m, *grid) for m, layout, grid in rows]
 
@@ -111,15 +133,17 @@ class _Wrapped(Backbone):
         """The forms that the shapes of maps allow, the usual one first; `InputError` where none does."""
         forms = []
         for coarse_first in (False, True) if len(maps) > 1 else (False,):
-            ordered = maps[::-1] if coarse_first else maps
+            ordered = (maps[::-1] if coarse_first else maps)[: self._count]
             fits = [
                 [name for name, layout in _LAYOUTS.items() if layout.fits(m.shape, channels, stride, size)]
-                for m, channels, stride in zip(ordered, self._all_channels, self._all_strides, strict=True)
+                for m, channels, stride in zip(ordered, self._all_channels, self._all_strides, strict=False)
             ]
             if all(fits):  # one layout for all where that is possible
                 common = [name for name in _LAYOUTS if all(name in names for names in fits)]
-                rows = [(name,) * len(maps) for name in common] or [tuple(names[0] for names in fits)]
+                rows = [(name,) * len(fits) for name in common] or [tuple(names[0] for names in fits)]
                 forms += [_Form(coarse_first, row) for row in rows]
+                if _is_traced(maps[0]):
+                    break
         if not forms:
             told = ", ".join(str(tuple(m.shape)) for m in maps)
             expected = ", ".join(
@@ -149,18 +173,33 @@ class _Wrapped(Backbone):
 
     def _find_divisor(self, images: Tensor, error: Exception) -> int:
         """What sides have to be multiples of, found by small black images that are not square."""
-        coarsest = max(self._all_strides)
-        for multiple in _MULTIPLES:
-            side = coarsest * multiple
+        for side in self._trial_sides():
             with suppress(Exception):
                 maps, size = self._try(images.new_zeros(1, self.in_chans, side, 2 * side))
                 self._possible_forms(maps, size)
                 return side
+        coarsest = max(self._all_strides)
         raise InputError(
             f"{self._name} takes no images of sides that {coarsest} divides, up to {side}: {type(error).__name__}: "
             f"{error}. If its sides have to be multiples of something else, pass size_divisor=; if it takes one size "
             "alone, image_size="
         ) from error
+
+    def _trial_sides(self) -> list[int]:
+        coarsest = max(self._all_strides)
+        if not self._finds_divisor:
+            return [math.lcm(self.size_divisor, coarsest)]
+        return [coarsest * multiple for multiple in _MULTIPLES]
+
+    def _trial(self) -> list[Tensor] | None:
+        """The maps of a made-up image of a size that the module takes; None where it takes none of those tried."""
+        like = next(self.module.parameters(), torch.zeros(()))
+        for side in self._trial_sides():
+            shape = (1, self.in_chans, *(self.image_size or (side, 2 * side)))
+            image = torch.arange(math.prod(shape), device=like.device).to(like.dtype).sin().reshape(shape)
+            with suppress(Exception), torch.no_grad(), _in_eval_mode(self.module):
+                return self._maps(image)
+        return None
 
     def _try(self, images: Tensor) -> tuple[list[Tensor], tuple[int, ...]]:
         """`_call` in eval mode, without gradients; nothing of it stays."""
@@ -203,6 +242,13 @@ class _Wrapped(Backbone):
         return [(f"module.{name}", part) for name, part in parts]
 
 
+class _LeftOut(nn.Module):
+    """In the place of a part whose map nobody asks for: what comes after it is not looked at either."""
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return x
+
+
 @dataclass(frozen=True)
 class _Layout:
     """What the dimensions of a map are.
@@ -213,6 +259,11 @@ class _Layout:
 
     fits: Callable[[Sequence[int], int, int, tuple[int, ...]], bool]
     to_nchw: Callable[[Tensor, int, int], Tensor]
+
+
+def _is_width(n: int, channels: int) -> bool:
+    """Whether a dimension is that of channels, which are no symbol where programs for any size are traced."""
+    return not isinstance(n, torch.SymInt) and n == channels
 
 
 def _is_grid(sides: Sequence[int], stride: int, size: tuple[int, ...]) -> bool:
@@ -226,29 +277,33 @@ def _is_sequence(count: int, stride: int, size: tuple[int, ...]) -> bool:
 _LAYOUTS = {
     "NCHW": _Layout(
         lambda shape, channels, stride, size: (
-            len(shape) == 4 and shape[1] == channels and _is_grid(shape[2:], stride, size)
+            len(shape) == 4 and _is_width(shape[1], channels) and _is_grid(shape[2:], stride, size)
         ),
         lambda m, height, width: m,
     ),
     "NHWC": _Layout(
         lambda shape, channels, stride, size: (
-            len(shape) == 4 and shape[3] == channels and _is_grid(shape[1:3], stride, size)
+            len(shape) == 4 and _is_width(shape[3], channels) and _is_grid(shape[1:3], stride, size)
         ),
         lambda m, height, width: m.permute(0, 3, 1, 2),
     ),
     "tokens": _Layout(
         lambda shape, channels, stride, size: (
-            len(shape) == 3 and shape[2] == channels and _is_sequence(shape[1], stride, size)
+            len(shape) == 3 and _is_width(shape[2], channels) and _is_sequence(shape[1], stride, size)
         ),
         lambda m, height, width: m[:, m.shape[1] - height * width :].mT.unflatten(2, (height, width)),
     ),
     "channels first": _Layout(
         lambda shape, channels, stride, size: (
-            len(shape) == 3 and shape[1] == channels and _is_sequence(shape[2], stride, size)
+            len(shape) == 3 and _is_width(shape[1], channels) and _is_sequence(shape[2], stride, size)
         ),
         lambda m, height, width: m[..., m.shape[2] - height * width :].unflatten(2, (height, width)),
     ),
 }
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and (a.is_meta or torch.equal(a, b))
 
 
 def _resize(m: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -288,7 +343,8 @@ def wrap(
 
     The maps may come as a tensor, a list, a tuple or a dict, as NCHW, NHWC or tokens (B, N, C) with prefix tokens
     first, finest or coarsest first; which of these it is, is told by their shapes. Where the module has a stem and a
-    part per map as its children, `frozen_stages` and layer-wise rates go by these; else it is one part.
+    part per map as its children, `frozen_stages` and layer-wise rates go by these, and parts of maps coarser than
+    `out_indices` asks for are left out if the others are the same without them; else it is one part.
 
     Args:
         module: called with images (B, C, H, W).

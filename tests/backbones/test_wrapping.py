@@ -1,6 +1,7 @@
 """`wrap`: modules as people have them, each through a decoder and a detector."""
 
 import copy
+import re
 from collections import OrderedDict
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from backbones import InputError, wrap
+from backbones.testing import CHECKS, SLOW_CHECKS, check_backbone
 from backbones_tasks import build_detector, build_segmenter
 
 CHANNELS = (4, 6, 8, 10)
@@ -17,9 +19,9 @@ CHANNELS = (4, 6, 8, 10)
 class Pyramid(nn.Module):
     """Four NCHW maps, finest first; children are a stem and a stage per map."""
 
-    def __init__(self, channels=CHANNELS):
+    def __init__(self, channels=CHANNELS, in_chans=3):
         super().__init__()
-        self.stem = nn.Conv2d(3, channels[0], 4, 4)
+        self.stem = nn.Conv2d(in_chans, channels[0], 4, 4)
         widths = [channels[0], *channels]
         self.stages = nn.ModuleList(
             nn.Conv2d(a, b, 1 if i == 0 else 2, 1 if i == 0 else 2)
@@ -227,3 +229,59 @@ def test_frozen_stages_and_layers_go_by_the_modules_children():
     order = [layers[f"module.{part}.weight"] for part in ("stem", "stages.0", "stages.1", "stages.2", "stages.3")]
     assert order == sorted(order)
     assert len(set(order)) == 5
+
+
+class ReadsEachStage(Pyramid):
+    """Its forward looks into the last stage, so that nothing else can stand there."""
+
+    def forward(self, x):
+        return [m * self.stages[3].weight.sum() for m in super().forward(x)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_parts_of_maps_coarser_than_those_asked_for_are_left_out(form):
+    whole = wrap(Changed(FORMS[form]), CHANNELS).eval()
+    part = wrap(Changed(FORMS[form]), CHANNELS, out_indices=(0, 1)).eval()
+    assert {name.rpartition(".")[0] for name in part.state_dict()} == {
+        f"module.{part}" for part in ("stem", "stages.0", "stages.1")
+    }
+    part.load_state_dict(whole.state_dict(), strict=False)
+    for size in [(33, 65), (64, 64), (1, 1)]:
+        images = torch.rand(2, 3, *size)
+        for ours, theirs in zip(part(images), whole(images)[:2], strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [(ReadsEachStage(), {}), (OneSize(), {"size_divisor": 8}), (nn.Sequential(Pyramid()), {})],
+    ids=["forward that reads a part", "no image that it takes", "no part per map"],
+)
+def test_a_module_that_cannot_do_without_its_parts_stays_whole(module, options):
+    state = copy.deepcopy(module.state_dict())
+    model = wrap(module, CHANNELS, out_indices=(0, 1), **options)
+    assert {name.removeprefix("module.") for name in model.state_dict()} == state.keys()
+    assert all(torch.equal(a, b) for a, b in zip(model.module.state_dict().values(), state.values(), strict=True))
+
+
+def test_parts_are_left_out_without_memory_and_random_numbers():
+    with torch.device("meta"):
+        assert len(list(wrap(Pyramid(), CHANNELS, out_indices=(0,)).parameters())) == 4
+    module = Pyramid()
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    wrap(module, CHANNELS, out_indices=(0,))
+    assert torch.equal(torch.rand(2), expected)
+
+
+def take_in_chans(in_chans=3, **options):
+    return wrap(Pyramid(in_chans=in_chans), CHANNELS, in_chans=in_chans, **options)
+
+
+@pytest.mark.parametrize("check", [c for c in CHECKS if c not in SLOW_CHECKS])
+def test_a_function_that_returns_it_keeps_the_promise(check):
+    """All but stochastic depth and recomputation, which a finished module has or has not."""
+    (result,) = check_backbone(take_in_chans, checks=[check])
+    refused = r"drop_path_rate=\S+ is for what builds the module|no set_grad_checkpointing"
+    assert result.outcome in ("passed", "skipped") or re.search(refused, result.message), result.message
