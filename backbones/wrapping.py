@@ -100,9 +100,10 @@ class _Wrapped(Backbone):
     def _call(self, images: Tensor) -> tuple[list[Tensor], tuple[int, ...]]:
         """What the module returns, as a list, and the height and width that it was given."""
         returned = self.module(images)
-        returned = getattr(returned, "feature_maps", returned)  # of transformers' backbones
         if isinstance(returned, Tensor):
             returned = [returned]
+        elif not isinstance(returned, (list, tuple, Mapping)) or hasattr(type(returned), "feature_maps"):
+            returned = getattr(returned, "feature_maps", returned)  # of transformers' backbones
         maps = list(returned.values()) if isinstance(returned, Mapping) else returned
         if not isinstance(maps, (list, tuple)) or not all(isinstance(m, Tensor) for m in maps):
             raise InputError(
@@ -271,7 +272,8 @@ def _is_grid(sides: Sequence[int], stride: int, size: tuple[int, ...]) -> bool:
 
 
 def _is_sequence(count: int, stride: int, size: tuple[int, ...]) -> bool:
-    return 0 <= count - math.prod(ceil_div(side, stride) for side in size) <= _PREFIX
+    height, width = (ceil_div(side, stride) for side in size)
+    return 0 <= count - height * width <= _PREFIX
 
 
 _LAYOUTS = {

@@ -64,7 +64,7 @@ class OneSize(Pyramid):
 
 
 def tokens(m, prefix=0):
-    return torch.cat([m.new_zeros(len(m), prefix, m.shape[1]), m.flatten(2).mT], 1)
+    return torch.cat([m.new_zeros(m.shape[0], prefix, m.shape[1]), m.flatten(2).mT], 1)
 
 
 FORMS = {
@@ -285,3 +285,12 @@ def test_a_function_that_returns_it_keeps_the_promise(check):
     (result,) = check_backbone(take_in_chans, checks=[check])
     refused = r"drop_path_rate=\S+ is for what builds the module|no set_grad_checkpointing"
     assert result.outcome in ("passed", "skipped") or re.search(refused, result.message), result.message
+
+
+@pytest.mark.slow  # the compiler
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "feature_maps"])  # a namespace is no pytree
+def test_maps_of_any_form_are_exported_and_compiled_for_any_size(form):
+    for result in check_backbone(
+        lambda **options: wrap(Changed(FORMS[form]), CHANNELS, **options), checks=["export", "compile"]
+    ):
+        assert result.outcome == "passed", result.message
