@@ -2,14 +2,14 @@
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from huggingface_hub import CommitInfo
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform, resolve_data_config
 from timm.layers import calculate_drop_path_rates
 from timm.models import FeatureInfo
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from .layers import (
 )
 from .specs import BackboneInfo
 from .variants import siblings
-from .weights import KeyLayout, LoadReport, read_checkpoint
+from .weights import KeyLayout, LoadReport, read_checkpoint, torchvision_transforms
 
 __all__ = ["Backbone", "FeatureInfo"]
 
@@ -128,7 +128,7 @@ class Backbone(Layer, metaclass=_Finished):
     new_parts: ClassVar[tuple[str, ...]] = ("head", "out_norms")
     left_out: ClassVar[tuple[str, ...]] = ()
     remedies: ClassVar[tuple[tuple[str, str, str], ...]] = ()
-    weight_options: ClassVar[tuple[str, ...]] = ()
+    weight_options: tuple[str, ...] = ()
     stem_pattern: ClassVar[str] = r"^stem"
     block_pattern: ClassVar[str] = r"^stages\.(\d+)\.blocks\.(\d+)"
     output_strides: ClassVar[tuple[int, ...]] = (32,)
@@ -216,6 +216,8 @@ class Backbone(Layer, metaclass=_Finished):
         #: The options it was built with, by `build_backbone`: what a file can hold, and names of the rest.
         self.build_options: dict[str, Any] = {}
         self.unsaved_options: list[str] = []
+        #: Of those, what follows from the weights, or from the name, that were asked for.
+        self.implied_options: dict[str, Any] = {}
 
     # What callers ask
 
@@ -310,6 +312,18 @@ class Backbone(Layer, metaclass=_Finished):
             if isinstance(module, PositionBias)
             for parameter, _ in module.named_parameters()
         }
+
+    def transforms(self) -> Callable[[Any], Tensor]:
+        """What makes of a picture the images (3, H, W) that the weights were evaluated on.
+
+        torchvision's own preset for its weights, which takes PIL images and uint8 tensors; else timm's, by
+        `pretrained_cfg`, which takes PIL images.
+        """
+        if enum := self.pretrained_cfg.get("enum"):
+            preset = torchvision_transforms(enum)
+            preset.mean, preset.std = (list(self.pretrained_cfg[key]) for key in ("mean", "std"))
+            return preset
+        return create_transform(**resolve_data_config(pretrained_cfg=self.pretrained_cfg))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Writes weights, options and a model card into a folder, for `backbones.from_pretrained(folder)`.

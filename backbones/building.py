@@ -6,7 +6,7 @@ import importlib.util
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import PackageNotFoundError, version
 from inspect import Parameter, isclass, signature
@@ -17,11 +17,16 @@ from .discovery import Failure, Plugin, describe
 from .errors import InputError, MissingDependency, PluginError
 from .locks import importing
 from .plain import json_values
-from .specs import BackboneSpec
+from .specs import BackboneSpec, Weights
 
 if TYPE_CHECKING:
     from .backbone import Backbone
 
+# Common options of which None is the default, as in timm; of out_indices, it is all.
+_NONE_IS_DEFAULT = {
+    *("checkpointing", "drop_path_rate", "drop_rate", "features_only", "frozen_stages", "global_pool", "in_chans"),
+    *("norm_eval", "num_classes", "out_norm", "output_stride", "img_size"),
+}
 # Options that change neither the channels nor the strides of a map, so that what the spec says must hold.
 _COMMON = {
     "checkpointing",
@@ -34,33 +39,72 @@ _COMMON = {
 }
 
 
-def build(plugin: Plugin, spec: BackboneSpec, options: Mapping[str, Any]) -> "Backbone":
-    """The model of a spec; errors are those of `build_backbone`."""
+def build(plugin: Plugin, spec: BackboneSpec, options: Mapping[str, Any], alias: str = "") -> "Backbone":
+    """The model of a spec, asked for under an alias of its weights, perhaps; errors are those of `build_backbone`."""
     _require_dependencies(plugin, spec)
-    options = dict(options)
-    pretrained = options.pop("pretrained", False)
+    options = {name: value for name, value in options.items() if value is not None or name not in _NONE_IS_DEFAULT}
     told = options.pop("pretrained_cfg", None) or {}
     if not isinstance(told, Mapping):
         raise InputError(f"pretrained_cfg={told!r}: give a dict of what the model's is to say, such as mean and std")
-    recorded = json_values(options)  # before a constructor has used up an iterator
     with importing:
         make = _import_entry(plugin, spec)
+        from .weights import describe, find_weights, load_pretrained
+
+        own = "weights" in _options(make)  # an option of the architecture, and not torchvision's word for pretrained
+        weights = find_weights(spec, _asked_weights(plugin.canonical(spec), options, own))
+        row = weights if weights is not None else next((row for row in spec.weights if alias in row.aliases), None)
+        implied = _implied(row, options) if isinstance(row, Weights) else {}
+        options = implied | options
+        recorded = json_values(options)  # before a constructor has used up an iterator
         model = _construct(plugin, spec, make, options)
     _check_model(plugin, spec, model, options)
     model.spec = plugin.info(spec)
     model.canonical_name = model.spec.canonical_name
+    model.weight_options = model.weight_options if own else (*model.weight_options, "weights")
     kept = options.keys() - model.weight_options
     model.build_options = {name: value for name, value in recorded.items() if name in kept}
     model.unsaved_options = sorted(kept - recorded.keys())
+    model.implied_options = implied
     model.pretrained_cfg["architecture"] = spec.name
-    if pretrained is not False and pretrained is not None:
-        from .weights import load_pretrained
-
-        load_pretrained(model, spec, pretrained)
-    for key, value in told.items():
-        if key not in ("architecture", "num_classes"):  # these say what has just been built
-            model.pretrained_cfg[key] = tuple(value) if isinstance(value, list) else value
+    if weights is None:
+        describe(model, spec)
+    else:
+        load_pretrained(model, spec, weights)
+    _tell(model.pretrained_cfg, told)
     return model
+
+
+def _tell(cfg: dict[str, Any], told: Mapping[str, Any]) -> None:
+    """Say in a model's `pretrained_cfg` what the user does; what a saved model's says, and nothing beside it."""
+    from .weights import PREPROCESSING
+
+    own = {key: cfg[key] for key in ("architecture", "num_classes")}  # these say what has just been built
+    stale: Iterable[str] = PREPROCESSING if "architecture" in told else ()
+    if told.keys() & {"crop_mode", "crop_pct", "input_size", "interpolation"}:
+        stale = (*stale, "enum")  # torchvision's own preset has these in it
+    for key in stale:
+        cfg.pop(key, None)
+    cfg.update({key: tuple(value) if isinstance(value, list) else value for key, value in told.items()})
+    cfg.update(own)
+
+
+def _asked_weights(name: str, options: dict[str, Any], own: bool) -> Any:
+    """What `pretrained` says, or `weights` unless that is the architecture's `own`; taken out of the options."""
+    asked = options.pop("pretrained", None)
+    weights = None if own else options.pop("weights", None)
+    if weights is not None and asked:
+        raise InputError(
+            f"backbone {name!r}: pretrained={asked!r} and weights={weights!r} both say which weights to load; give one"
+        )
+    return asked if weights is None else weights
+
+
+def _implied(row: Weights, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model is built with for published weights where the user does not say."""
+    implied = dict(row.options)
+    if options.get("features_only") is False and row.classes is not None:
+        implied["num_classes"] = row.classes
+    return {name: value for name, value in implied.items() if name not in options}
 
 
 def check_entry(spec: BackboneSpec) -> None:
@@ -145,7 +189,7 @@ def _construct(plugin: Plugin, spec: BackboneSpec, make: Callable[..., Any], opt
 
 
 def _no_such_option(canonical_name: str, option: str, make: Callable[..., Any]) -> str:
-    valid = _options(make)
+    valid = _options(make) | {"pretrained", "pretrained_cfg", "weights"}
     near = difflib.get_close_matches(option, valid, n=1)
     remedy = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(sorted(valid))}"
     return f"backbone {canonical_name!r} has no option {option!r}; {remedy}"
@@ -154,7 +198,7 @@ def _no_such_option(canonical_name: str, option: str, make: Callable[..., Any]) 
 def _options(make: Callable[..., Any]) -> set[str]:
     """Keyword arguments of a function, or of a class and the bases it hands the rest of its keywords to."""
     callables = [vars(c)["__init__"] for c in make.__mro__ if "__init__" in vars(c)] if isclass(make) else [make]
-    names = {"pretrained", "pretrained_cfg"}
+    names = set()
     for each in callables:
         parameters = signature(each).parameters.values()
         names |= {p.name for p in parameters if p.kind in (Parameter.KEYWORD_ONLY, Parameter.POSITIONAL_OR_KEYWORD)}

@@ -67,7 +67,7 @@ class Plugin:
 
     def add(self, spec: BackboneSpec) -> None:
         self.specs[spec.name] = spec
-        self.names |= dict.fromkeys((*spec.aliases, spec.name), spec)
+        self.names |= {alias: spec.under(alias) for alias in spec.aliases} | {spec.name: spec}
 
     def find(self, name: str, qualified: bool) -> BackboneSpec | None:
         """What the plugin's `find_backbone` returns for a name that it need not list."""

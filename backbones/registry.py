@@ -103,6 +103,15 @@ def backbone_info(name: str) -> BackboneInfo:
     return plugin.info(spec)
 
 
+def resolve(name: str) -> BackboneSpec:
+    """The spec that a name, an alias or a canonical id leads to: for a plugin that offers it under a name of its own.
+
+    Raises:
+        UnknownBackbone, AmbiguousBackbone: as `backbone_info`.
+    """
+    return _resolve(name)[1]
+
+
 def plugins() -> list[PluginInfo]:
     """Every installed plugin, first-party first, and what is wrong with those that do not work."""
     return [_plugin_info(plugin) for plugin in _plugins()]
@@ -114,8 +123,10 @@ def build_backbone(name: str, **options: Any) -> "Backbone":
     Args:
         name: what `list_backbones` returns, or an alias.
         **options: those common to all backbones (`out_indices`, `pretrained`, `in_chans`, ..., see `Backbone`)
-            and the architecture's own. `pretrained` is False, True (the first published weights), a tag, or a path;
+            and the architecture's own. `pretrained` is False, True (the first published weights), a tag, a path, or
+            torchvision's word for weights, a member of its enum included, for which `weights` is another name;
             `pretrained_cfg`, what the model's is to say, such as {"mean": ..., "std": ...} of the weights at a path.
+            None is the default of each option that all backbones have, as in timm.
 
     Returns:
         The model, in training mode, with its `spec` and its `canonical_name`.
@@ -129,7 +140,7 @@ def build_backbone(name: str, **options: Any) -> "Backbone":
         Exception: what the model's own constructor raises, with a note of the plugin it came from.
     """
     plugin, spec = _resolve(name)
-    return build(plugin, spec, options)
+    return build(plugin, spec, options, alias=name.rpartition("/")[2])
 
 
 def refresh() -> None:

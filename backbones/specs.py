@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +13,7 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _PATH = re.compile(r"[A-Za-z0-9_./~-]*[A-Za-z0-9_.~-]")
 _ENTRY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _SOURCES = ("hf-hub:", "https://", "file://")
+_TIMM = re.compile(r"hf-hub:timm/([^/@]+)(?:[/@].*)?")
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
@@ -74,6 +75,13 @@ class Weights(_Record):
         interpolation: how the training images were resized.
         license: SPDX identifier or the licence's name.
         metrics: published results, such as `{"imagenet_top1": 78.7}`.
+        classes: how many classes its classifier tells apart; 0 for features alone, None where that is not stated.
+        recipe: address of how it was trained.
+        enum: of torchvision's weights, the member of its enum, such as `ViT_B_16_Weights.IMAGENET1K_V1`.
+        options: what the model is built with for these weights, unless the user says otherwise, such as the size of
+            the images that tables are made for.
+        aliases: names of the backbone under which these come before its other weights; of the first under a name,
+            `options` are what the name itself means.
 
     Raises:
         InvalidSpec: a field contradicts the above.
@@ -88,9 +96,14 @@ class Weights(_Record):
     interpolation: str = "bicubic"
     license: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
+    classes: int | None = None
+    recipe: str = ""
+    enum: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    aliases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self._freeze("input_size", "mean", "std", "metrics")
+        self._freeze("input_size", "mean", "std", "metrics", "options", "aliases")
         self._require(is_name(self.tag), "tag", "use letters, digits, '_', '.' and '-'")
         self._require(
             isinstance(self.source, str) and self.source.startswith(_SOURCES),
@@ -109,8 +122,70 @@ class Weights(_Record):
         self._require(
             self.interpolation in _INTERPOLATIONS, "interpolation", f"use one of {', '.join(_INTERPOLATIONS)}"
         )
-        self._require(isinstance(self.license, str), "license", "give a string")
         self._require(isinstance(self.metrics, Mapping), "metrics", "give a mapping of metric to value")
+        for name in ("license", "recipe", "enum"):
+            self._require(isinstance(getattr(self, name), str), name, "give a string")
+        classes = self.classes is None or (type(self.classes) is int and self.classes >= 0)
+        self._require(classes, "classes", "give their number, 0 for features alone, or leave it out")
+        self._require(_is_options(self.options), "options", "give a mapping of option name to value")
+        self._require(_are_names(self.aliases), "aliases", "give a tuple of names")
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the logits; imports the library that has them.
+
+        Raises:
+            LookupError: neither torchvision nor timm tells them.
+        """
+        names = None
+        if self.enum:
+            from torchvision.models import get_weight
+
+            names = get_weight(self.enum).meta["categories"]
+        elif self.timm_name:
+            from timm.data import ImageNetInfo, infer_imagenet_subset
+
+            subset = infer_imagenet_subset({"num_classes": self.classes})
+            names = ImageNetInfo(subset).label_descriptions() if subset else None
+        if not names:
+            raise LookupError(f"the names of the classes of weights {self.tag!r} are not known")
+        return tuple(names)
+
+    @property
+    def timm_name(self) -> str:
+        """What timm calls the model with these weights, where it publishes them; else empty."""
+        found = _TIMM.fullmatch(self.source)
+        return found[1] if found else ""
+
+
+def torchvision_weights(
+    enum: str, file: str, top1: float | None, top5: float | None, recipe: str, side: int = 224, **fields: Any
+) -> Weights:
+    """Weights that torchvision publishes, under torchvision's tag.
+
+    Args:
+        enum: the member of torchvision's enum, such as `Swin_T_Weights.IMAGENET1K_V1`.
+        file: name of the file on download.pytorch.org, without ending.
+        top1, top5: accuracy on ImageNet-1K, in per cent; None for features without a classifier.
+        recipe: address of how they were trained.
+        side: of the images that the accuracy is for.
+        **fields: of `Weights`.
+    """
+    return Weights(
+        **{
+            "tag": enum.partition(".")[2],
+            "source": f"https://download.pytorch.org/models/{file}.pth",
+            "layout": "torchvision",
+            "input_size": (3, side, side),
+            "interpolation": "bilinear",
+            "license": "CC-BY-NC-4.0" if "SWAG" in enum else "BSD-3-Clause",
+            "metrics": {} if top1 is None else {"imagenet_top1": top1, "imagenet_top5": top5},
+            "classes": 0 if top1 is None else 1000,
+            "recipe": recipe,
+            "enum": enum,
+            **fields,
+        }
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +201,7 @@ class BackboneSpec(_Record):
         strides: input pixels per map pixel, ascending, one for each entry of `channels`.
         defaults: options given to `entry` unless the user gives them.
         weights: published weights; the first is what `pretrained=True` loads.
-        aliases: other names for the same thing, such as timm's and torchvision's.
+        aliases: other names for the same thing, such as timm's and torchvision's; those of its weights are among them.
         params: parameters of the published model, in millions.
         gmacs: multiply-adds of the published model for one image of 224 x 224, in billions.
         options: options of the architecture that users may want to set, beside those of every backbone.
@@ -136,6 +211,7 @@ class BackboneSpec(_Record):
         paper: address of the paper.
         license: licence of the code, as an SPDX identifier.
         requires: requirements beyond the plugin's own install, as pip takes them (`"einops>=0.7"`).
+        timm_name: timm's name of the same model, if it has one: without weights, that is whose preprocessing it has.
 
     Raises:
         InvalidSpec: a field contradicts the above.
@@ -157,6 +233,7 @@ class BackboneSpec(_Record):
     paper: str = ""
     license: str = ""
     requires: tuple[str, ...] = ()
+    timm_name: str = ""
 
     def __post_init__(self) -> None:
         self._freeze("channels", "strides", "defaults", "weights", "aliases", "options", "requires")
@@ -169,17 +246,14 @@ class BackboneSpec(_Record):
         self._require(len(self.strides) == len(self.channels), "strides", f"give as many as channels={self.channels}")
         ascending = all(a < b for a, b in zip(self.strides, self.strides[1:], strict=False))
         self._require(ascending, "strides", "put the finest map first")
-        self._require(
-            isinstance(self.defaults, Mapping) and all(isinstance(k, str) for k in self.defaults),
-            "defaults",
-            "give a mapping of option name to value",
-        )
+        self._require(_is_options(self.defaults), "defaults", "give a mapping of option name to value")
         weights = isinstance(self.weights, tuple) and all(isinstance(w, Weights) for w in self.weights)
         self._require(weights, "weights", "give a tuple of Weights")
         tags = [w.tag for w in self.weights]
         self._require(len(set(tags)) == len(tags), "weights", "give each tag once")
-        aliases = isinstance(self.aliases, tuple) and all(is_name(a) for a in self.aliases)
-        self._require(aliases, "aliases", "give a tuple of names")
+        self._require(_are_names(self.aliases), "aliases", "give a tuple of names")
+        of_weights = (alias for w in self.weights for alias in w.aliases)
+        object.__setattr__(self, "aliases", tuple(dict.fromkeys((*self.aliases, *of_weights))))
         for name, unit in (("params", "millions of parameters"), ("gmacs", "billions of multiply-adds")):
             value = getattr(self, name)
             number = value is None or (isinstance(value, (int, float)) and value > 0)
@@ -188,13 +262,18 @@ class BackboneSpec(_Record):
         self._require(options, "options", "give a tuple of option names")
         decay = type(self.layer_decay) in (int, float) and 0 < self.layer_decay <= 1
         self._require(decay, "layer_decay", "give a number over 0 and at most 1")
-        for name in ("summary", "paper", "license"):
+        for name in ("summary", "paper", "license", "timm_name"):
             self._require(isinstance(getattr(self, name), str), name, "give a string")
         self._require(
             isinstance(self.requires, tuple) and all(_is_requirement(r) for r in self.requires),
             "requires",
             "give a tuple of requirements as pip takes them, such as ('einops>=0.7',)",
         )
+
+    def under(self, alias: str) -> "BackboneSpec":
+        """The spec as an alias has it: weights that this is an alias of come first."""
+        first = [w for w in self.weights if alias in w.aliases]
+        return replace(self, weights=(*first, *(w for w in self.weights if w not in first))) if first else self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +295,14 @@ class BackboneInfo(BackboneSpec):
 
 def _positive_integers(value: object) -> bool:
     return isinstance(value, tuple) and len(value) > 0 and all(type(v) is int and v > 0 for v in value)
+
+
+def _is_options(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(k, str) for k in value)
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, tuple) and all(is_name(v) for v in value)
 
 
 def _is_requirement(text: object) -> bool:

@@ -40,11 +40,16 @@ def run(args: argparse.Namespace) -> int:
             print(f"  {label:<11} {text}")
     if info.weights:
         print("  weights     for pretrained=; True takes the first")
-        header = ("tag", "input", "metrics", "licence", "source")
-        print_table(header, [_weights_row(row) for row in info.weights], indent=" " * 14)
+        print_table(_WEIGHTS, [_weights_row(row) for row in info.weights], indent=" " * 14)
     return 0
+
+
+_WEIGHTS = ("tag", "input", "classes", "metrics", "licence", "built with", "source", "recipe")
 
 
 def _weights_row(row: Weights) -> tuple[str, ...]:
     metrics = ", ".join(f"{name} {value}" for name, value in row.metrics.items())
-    return row.tag, "x".join(map(str, row.input_size)), metrics, row.license, row.source
+    options = ", ".join(f"{name}={value!r}" for name, value in row.options.items())
+    classes = "" if row.classes is None else str(row.classes)
+    size = "x".join(map(str, row.input_size))
+    return row.tag, size, classes, metrics, row.license, options, row.source, row.recipe

@@ -3,13 +3,16 @@
 from .exact import require_whole
 from .fitting import is_new, load_weights, require_sound
 from .layouts import KeyLayout, split_in_proj
-from .published import load_pretrained
+from .published import PREPROCESSING, describe, find_weights, load_pretrained, torchvision_transforms
 from .reading import read_checkpoint
 from .report import LoadReport
 
 __all__ = [
+    "PREPROCESSING",
     "KeyLayout",
     "LoadReport",
+    "describe",
+    "find_weights",
     "is_new",
     "load_pretrained",
     "load_weights",
@@ -17,4 +20,5 @@ __all__ = [
     "require_sound",
     "require_whole",
     "split_in_proj",
+    "torchvision_transforms",
 ]

@@ -1,11 +1,15 @@
 """The weights that a spec lists: which of them is meant, and where they lie."""
 
 import os
+import re
+from contextlib import suppress
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+import timm
 import torch
 
 from ..errors import WeightsError
@@ -16,54 +20,115 @@ from .report import LoadReport
 if TYPE_CHECKING:
     from ..backbone import Backbone
 
-__all__ = ["load_pretrained"]
+__all__ = ["describe", "find_weights", "load_pretrained"]
+
+#: Keys of `pretrained_cfg` that depend on the weights; the others on what is built.
+PREPROCESSING = (
+    *("input_size", "test_input_size", "min_input_size", "interpolation", "crop_pct", "test_crop_pct", "crop_mode"),
+    *("mean", "std", "pool_size", "test_pool_size", "label_offset", "enum"),
+)
 
 # What repositories on the hub call their weights, unless a source names the file.
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-def load_pretrained(
-    model: "Backbone", spec: BackboneSpec, pretrained: Literal[True] | str | os.PathLike[str]
-) -> LoadReport:
-    """Loads the weights that `build_backbone(pretrained=...)` asked for.
+def find_weights(spec: BackboneSpec, asked: object) -> Weights | Path | None:
+    """The weights that `build_backbone(pretrained=...)` asks for: a row of the spec, or a file.
+
+    Args:
+        spec: lists what is published.
+        asked: True for the spec's first weights; one of its tags; torchvision's "DEFAULT", or a member of its enum
+            or that member's name; a path to a file or to a folder of `save_pretrained`; None or False for none.
+
+    Raises:
+        WeightsError: there are no such weights.
+    """
+    if asked is None or asked is False:
+        return None
+    if not isinstance(asked, (bool, str, os.PathLike, Enum)) or not str(asked):
+        raise WeightsError(
+            f"{spec.name}: pretrained={asked!r} names no weights; give True, a tag, a path, or False for none"
+        )
+    if asked is True and not spec.weights:
+        raise WeightsError(f"{spec.name} has no published weights; pass pretrained=PATH to a checkpoint")
+    if asked is True:
+        return spec.weights[0]
+    if row := _find_row(spec, str(asked)):
+        return row
+    if not isinstance(asked, Enum):
+        path = Path(asked).expanduser()
+        for file in (path, path / "model.safetensors"):  # or a folder of save_pretrained
+            if file.is_file():
+                return file
+    known = ", ".join(row.tag for row in spec.weights) or "it has none"
+    enum, dot, _ = str(asked).rpartition("_Weights.")
+    if dot and not any(row.enum.startswith(f"{enum}{dot}") for row in spec.weights):
+        raise WeightsError(f"{spec.name}: weights {asked} are those of another model; it has {known}")
+    raise WeightsError(f"{spec.name}: pretrained={str(asked)!r} is neither a file nor one of its weights ({known})")
+
+
+def _find_row(spec: BackboneSpec, asked: str) -> Weights | None:
+    """The published weights of a tag, or of a member of torchvision's enum."""
+    torchvision = [row for row in spec.weights if row.enum]
+    enum, dot, tag = asked.rpartition(".")
+    if tag == "DEFAULT":  # torchvision's first, unless a backbone has none of torchvision's
+        rows = torchvision or spec.weights
+        return rows[0] if rows and (not dot or rows[0].enum.startswith(f"{enum}.")) else None
+    return next((row for row in spec.weights if asked in (row.tag, row.enum)), None)
+
+
+def load_pretrained(model: "Backbone", spec: BackboneSpec, pretrained: object) -> LoadReport:
+    """Loads the weights that `build_backbone(pretrained=...)` asked for, and makes the model's preprocessing theirs.
 
     Args:
         model: the backbone, just built.
         spec: its spec, which lists published weights.
-        pretrained: True, or torchvision's word "DEFAULT", for the spec's first weights, one of its tags, or a path
-            to a file or to a folder of `save_pretrained`.
+        pretrained: as `find_weights` takes it, but for None and False; or what it returned.
     """
-    if not isinstance(pretrained, (bool, str, os.PathLike)) or not str(pretrained):
-        raise WeightsError(
-            f"{spec.name}: pretrained={pretrained!r} names no weights; give True, a tag, a path, or False for none"
-        )
-    tags = {row.tag: row for row in spec.weights}
-    if pretrained is True or pretrained == "DEFAULT":
-        if not spec.weights:
-            raise WeightsError(f"{spec.name} has no published weights; pass pretrained=PATH to a checkpoint")
-        row = spec.weights[0]
-    elif str(pretrained) in tags:
-        row = tags[str(pretrained)]
-    elif Path(pretrained).expanduser().is_file():
-        return load_weights(model, pretrained)
-    elif (saved := Path(pretrained).expanduser() / "model.safetensors").is_file():  # a folder of save_pretrained
-        return load_weights(model, saved)
-    else:
-        raise WeightsError(
-            f"{spec.name}: pretrained={str(pretrained)!r} is neither a file nor one of its weights "
-            f"({', '.join(tags) or 'it has none'})"
-        )
-    report = load_weights(model, _fetch(row, spec.name))
-    model.pretrained_cfg.update(
-        tag=row.tag,
-        source=row.source,
-        license=row.license,
-        input_size=row.input_size,
-        mean=row.mean,
-        std=row.std,
-        interpolation=row.interpolation,
-    )
+    found = pretrained if isinstance(pretrained, Weights) else find_weights(spec, pretrained)
+    assert found is not None  # the caller's fault
+    if isinstance(found, Path):
+        report = load_weights(model, found)
+        describe(model, spec, next((row for row in spec.weights if row.layout == report.layout), None))
+        return report
+    report = load_weights(model, _fetch(found, spec.name))
+    describe(model, spec, found)
+    model.pretrained_cfg.update(tag=found.tag, source=found.source, license=found.license)
     return report
+
+
+def describe(model: "Backbone", spec: BackboneSpec, row: Weights | None = None) -> None:
+    """Say in a model's `pretrained_cfg` which images its weights were trained on, as timm's says it.
+
+    Args:
+        model: the backbone.
+        spec: its spec.
+        row: which weights; the first unless given.
+    """
+    row = row or next(iter(spec.weights), None)
+    name = row.timm_name if row else spec.timm_name
+    if not (row or name):
+        return
+    told: dict[str, Any] = {}
+    with suppress(RuntimeError):  # the installed timm does not know them
+        theirs = timm.get_pretrained_cfg(name)
+        told |= theirs.to_dict() if theirs else {}
+    if row is not None:
+        told |= {key: getattr(row, key) for key in ("input_size", "mean", "std", "interpolation")}
+    if row is not None and row.enum:
+        (crop,), (resize,) = (getattr(torchvision_transforms(row.enum), key) for key in ("crop_size", "resize_size"))
+        told |= {"enum": row.enum, "crop_pct": crop / resize}
+    told["input_size"] = (model.in_chans, *told["input_size"][1:])
+    for key in PREPROCESSING:
+        model.pretrained_cfg.pop(key, None)
+    model.pretrained_cfg.update({key: told[key] for key in PREPROCESSING if told.get(key) is not None})
+
+
+def torchvision_transforms(enum: str) -> Any:
+    """torchvision's own preprocessing for a member of one of its enums of weights."""
+    from torchvision.models import get_weight
+
+    return get_weight(enum).transforms()
 
 
 def _fetch(row: Weights, name: str) -> Path:
@@ -78,8 +143,9 @@ def _fetch(row: Weights, name: str) -> Path:
             if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
                 raise OSError("HF_HUB_OFFLINE is set")
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(row.source, str(path))
-        except OSError as error:
+            digest = re.search(r"-([a-f0-9]{8,})\.", path.name)  # where the name has the first digits of one
+            torch.hub.download_url_to_file(row.source, str(path), hash_prefix=digest[1] if digest else None)
+        except (OSError, RuntimeError) as error:
             raise WeightsError(
                 f"{name}: weights {row.tag!r} could not be downloaded ({error}). Download {row.source} elsewhere and "
                 f"put it at {path}, or pass pretrained=PATH"

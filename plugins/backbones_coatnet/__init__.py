@@ -72,8 +72,6 @@ def register_backbones() -> list[BackboneSpec]:
 
 def _spec(variant: str, size: str, options: dict, params: float, gmacs: float, weights: str) -> BackboneSpec:
     name = f"coatnet_{variant}"
-    tags = weights.split()
-    sides = dict.fromkeys(("224", *(tag.partition("@")[2] for tag in tags if "@" in tag)))
     return BackboneSpec(
         name=name,
         family="CoAtNet",
@@ -81,26 +79,29 @@ def _spec(variant: str, size: str, options: dict, params: float, gmacs: float, w
         channels=_DIMS[size],
         strides=(4, 8, 16, 32),
         defaults={"dims": _DIMS[size], **options},
-        weights=tuple(_weights(name, *tag.partition("@")[::2]) for tag in tags),
-        aliases=tuple(f"{name}_{side}" for side in sides),
+        weights=tuple(_weights(name, *tag.partition("@")[::2]) for tag in weights.split()),
+        aliases=(f"{name}_224",),
         params=params,
         gmacs=gmacs,
         options=("img_size",),
         summary="convolutional stages, then transformer stages with relative attention over the whole map",
         paper="https://arxiv.org/abs/2106.04803",
         license="Apache-2.0",
+        timm_name=f"{name}_224",
     )
 
 
 def _weights(name: str, tag: str, side: str) -> Weights:
-    side = int(side or 224)
-    published = f"{name}_{side}.{tag}"
+    published = f"{name}_{side or 224}.{tag}"
     scaling = {} if name == "coatnet_bn_0_rw" else {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
     return Weights(
-        tag=tag if side == 224 else f"{tag}_{side}",
+        tag=f"{tag}_{side}" if side else tag,
         source=f"hf-hub:timm/{published}",
-        input_size=(3, side, side),
+        input_size=(3, int(side or 224), int(side or 224)),
         license="Apache-2.0",
         metrics={"imagenet_top1": _TOP1[published]} if published in _TOP1 else {},
+        classes=11821 if tag == "sw_in12k" else 1000,
+        options={"img_size": int(side)} if side else {},
+        aliases=(f"{name}_{side or 224}",),
         **scaling,
     )

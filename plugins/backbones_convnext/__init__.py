@@ -1,6 +1,7 @@
 """ConvNeXt, as a plugin."""
 
 from backbones import BackboneSpec, Weights, hookimpl
+from backbones.specs import torchvision_weights
 
 BACKBONES_API = 1
 
@@ -29,16 +30,19 @@ _TAGS = {
     "large": f"{_FACEBOOK} fb_in1k dinov3_lvd1689m",
     "xlarge": _FACEBOOK,
 }
-_TORCHVISION = {"tiny": "983f1562", "small": "0c510722", "base": "6075fbad", "large": "ea097f82"}
+_RECIPE = "https://github.com/pytorch/vision/tree/main/references/classification#convnext"
+# torchvision's weights: file, accuracies
+_TORCHVISION = {
+    "tiny": ("convnext_tiny-983f1562", 82.52, 96.146),
+    "small": ("convnext_small-0c510722", 83.616, 96.65),
+    "base": ("convnext_base-6075fbad", 84.062, 96.87),
+    "large": ("convnext_large-ea097f82", 84.414, 96.976),
+}
 _TOP1 = {
     ("tiny", "fb_in1k"): 82.1,
     ("small", "fb_in1k"): 83.1,
     ("base", "fb_in1k"): 83.8,
     ("xlarge", "fb_in22k_ft_in1k"): 87.0,
-    ("tiny", "tv_in1k"): 82.52,
-    ("small", "tv_in1k"): 83.616,
-    ("base", "tv_in1k"): 84.062,
-    ("large", "tv_in1k"): 84.414,
 }
 _LICENSES = {"dinov3_lvd1689m": "dinov3-license", "eupe_lvd1689m": "fair-noncommercial-research-license"}
 _CLIP_NORM = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
@@ -77,7 +81,8 @@ def _weights(variant: str, tag: str) -> Weights:
         source=f"hf-hub:timm/convnext_{variant}.{tag}",
         input_size=(3, side, side),
         license=_LICENSES.get(tag, "Apache-2.0"),
-        metrics=_metrics(variant, tag),
+        metrics={"imagenet_top1": _TOP1[variant, tag]} if (variant, tag) in _TOP1 else {},
+        classes=_classes(tag),
         **(_CLIP_NORM if tag.startswith("clip") else {}),
     )
 
@@ -85,17 +90,12 @@ def _weights(variant: str, tag: str) -> Weights:
 def _torchvision(variant: str) -> list[Weights]:
     if variant not in _TORCHVISION:
         return []
-    return [
-        Weights(
-            tag="tv_in1k",
-            source=f"https://download.pytorch.org/models/convnext_{variant}-{_TORCHVISION[variant]}.pth",
-            layout="torchvision",
-            interpolation="bilinear",
-            license="BSD-3-Clause",
-            metrics=_metrics(variant, "tv_in1k"),
-        )
-    ]
+    return [torchvision_weights(f"ConvNeXt_{variant.title()}_Weights.IMAGENET1K_V1", *_TORCHVISION[variant], _RECIPE)]
 
 
-def _metrics(variant: str, tag: str) -> dict[str, float]:
-    return {"imagenet_top1": _TOP1[variant, tag]} if (variant, tag) in _TOP1 else {}
+def _classes(tag: str) -> int:
+    if tag.endswith("lvd1689m"):
+        return 0
+    if tag.startswith("clip") and "_ft_" not in tag:
+        return 640  # the width of CLIP's embeddings
+    return 11821 if tag.endswith("in12k") else 21841 if tag.endswith("in22k") else 1000

@@ -28,6 +28,7 @@ def register_backbones() -> list[BackboneSpec]:
                     tag="snap_dist_in1k",
                     source=f"hf-hub:timm/efficientformer_{variant}.snap_dist_in1k",
                     license="Apache-2.0",
+                    classes=1000,
                     metrics={"imagenet_top1": top1} if top1 else {},
                 ),
             ),

@@ -3,6 +3,7 @@
 from typing import Any
 
 from backbones import BackboneSpec, Weights, hookimpl
+from backbones.specs import torchvision_weights
 
 BACKBONES_API = 1
 
@@ -118,7 +119,6 @@ def _spec(
     name = f"maxvit_{variant}"
     timm_name = f"{name}_tf" if variant in ("tiny", "small", "base", "large", "xlarge") else name
     rows = [_weights(timm_name, *tag.split("@")) for tag in weights.split()]
-    names = dict.fromkeys((timm_name, *(f"{timm_name}_{row.input_size[-1]}" for row in rows)))
     return BackboneSpec(
         name=name,
         family="MaxViT",
@@ -127,7 +127,7 @@ def _spec(
         strides=(4, 8, 16, 32),
         defaults={"dims": dims, "depths": depths, **options},
         weights=(*rows, *((_torchvision(),) if variant == "t" else ())),
-        aliases=tuple(alias for alias in names if alias != name),
+        aliases=(timm_name,) if timm_name != name else (),
         params=params,
         gmacs=gmacs,
         options=("partition",),
@@ -140,21 +140,21 @@ def _spec(
 def _weights(timm_name: str, tag: str, side: str) -> Weights:
     published = f"{timm_name}_{side}.{tag}"
     scaling = {} if published in _IMAGENET_SCALING else {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    is_larger = side in ("384", "512")
     return Weights(
-        tag=f"{tag}_{side}" if side in ("384", "512") else tag,
+        tag=f"{tag}_{side}" if is_larger else tag,
         source=f"hf-hub:timm/{published}",
         input_size=(3, int(side), int(side)),
         license="Apache-2.0",
         metrics={"imagenet_top1": _TOP1[published]} if published in _TOP1 else {},
+        classes={"in21k": 21843, "sw_in12k": 11821}.get(tag, 1000),
+        options={"partition": int(side) // 32} if is_larger else {},
+        aliases=(f"{timm_name}_{side}",),
         **scaling,
     )
 
 
 def _torchvision() -> Weights:
-    return Weights(
-        tag="in1k",
-        source="https://download.pytorch.org/models/maxvit_t-bc5ab103.pth",
-        layout="torchvision",
-        license="BSD-3-Clause",
-        metrics={"imagenet_top1": 83.7},
-    )
+    recipe = "https://github.com/pytorch/vision/tree/main/references/classification#maxvit"
+    member, file = "MaxVit_T_Weights.IMAGENET1K_V1", "maxvit_t-bc5ab103"
+    return torchvision_weights(member, file, 83.7, 96.722, recipe, interpolation="bicubic")

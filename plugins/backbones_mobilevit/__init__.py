@@ -93,5 +93,6 @@ def _weights(name: str, tag: str = "cvnets_in1k", input_size: tuple[int, int, in
         mean=(0.0, 0.0, 0.0),  # images scaled to 0..1 and nothing else
         std=(1.0, 1.0, 1.0),
         license="cvnets-license",
+        classes=1000,
         **facts,
     )

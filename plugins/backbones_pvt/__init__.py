@@ -33,6 +33,7 @@ def register_backbones() -> list[BackboneSpec]:
                     tag="in1k",
                     source=f"hf-hub:timm/pvt_v2_{variant}.in1k",
                     license="Apache-2.0",
+                    classes=1000,
                     metrics={"imagenet_top1": top1},
                 ),
             ),

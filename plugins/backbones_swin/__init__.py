@@ -1,6 +1,7 @@
 """Swin Transformer, as a plugin."""
 
 from backbones import BackboneSpec, Weights, hookimpl
+from backbones.specs import torchvision_weights
 
 BACKBONES_API = 1
 
@@ -18,14 +19,17 @@ _TAGS = {
     "base": "ms_in22k_ft_in1k ms_in1k ms_in22k",
     "large": "ms_in22k_ft_in1k ms_in22k",
 }
-_TORCHVISION = {"tiny": "swin_t-704ceda3", "small": "swin_s-5e29d889", "base": "swin_b-68c6b09e"}
+_RECIPE = "https://github.com/pytorch/vision/tree/main/references/classification#swintransformer"
+# torchvision's weights: file, accuracies
+_TORCHVISION = {
+    "tiny": ("swin_t-704ceda3", 81.474, 95.776),
+    "small": ("swin_s-5e29d889", 83.196, 96.36),
+    "base": ("swin_b-68c6b09e", 83.582, 96.64),
+}
 _TOP1 = {
     ("tiny", "ms_in1k"): 81.2,
     ("small", "ms_in1k"): 83.2,
     ("base", "ms_in1k"): 83.5,
-    ("tiny", "tv_in1k"): 81.474,
-    ("small", "tv_in1k"): 83.196,
-    ("base", "tv_in1k"): 83.582,
 }
 
 
@@ -41,10 +45,7 @@ def register_backbones() -> list[BackboneSpec]:
             strides=(4, 8, 16, 32),
             defaults={"dims": dims, "depths": depths, "heads": heads},
             weights=(*(_weights(variant, tag) for tag in _TAGS[variant].split()), *_torchvision(variant)),
-            aliases=(
-                f"swin_{variant}_patch4_window7_224",
-                *((_TORCHVISION[variant].partition("-")[0],) if variant in _TORCHVISION else ()),
-            ),
+            aliases=(f"swin_{variant}_patch4_window7_224",),
             params=params,
             gmacs=gmacs,
             options=("window_size",),
@@ -61,23 +62,15 @@ def _weights(variant: str, tag: str) -> Weights:
         tag=tag,
         source=f"hf-hub:timm/swin_{variant}_patch4_window7_224.{tag}",
         license="MIT",
-        metrics=_metrics(variant, tag),
+        metrics={"imagenet_top1": _TOP1[variant, tag]} if (variant, tag) in _TOP1 else {},
+        classes=21841 if tag.endswith("in22k") else 1000,
     )
 
 
-def _torchvision(variant: str) -> tuple[Weights, ...]:
+def _torchvision(variant: str) -> list[Weights]:
     if variant not in _TORCHVISION:
-        return ()
-    return (
-        Weights(
-            tag="tv_in1k",
-            source=f"https://download.pytorch.org/models/{_TORCHVISION[variant]}.pth",
-            layout="torchvision",
-            license="BSD-3-Clause",
-            metrics=_metrics(variant, "tv_in1k"),
-        ),
-    )
-
-
-def _metrics(variant: str, tag: str) -> dict[str, float]:
-    return {"imagenet_top1": _TOP1[variant, tag]} if (variant, tag) in _TOP1 else {}
+        return []
+    file, *accuracies = _TORCHVISION[variant]
+    enum = f"Swin_{variant[0].upper()}_Weights.IMAGENET1K_V1"
+    alias = f"swin_{variant[0]}"
+    return [torchvision_weights(enum, file, *accuracies, _RECIPE, interpolation="bicubic", aliases=(alias,))]

@@ -34,7 +34,7 @@ def sources(levels: Sequence[Level], blocks: int, pyramid: str) -> list[Source]:
     found = []
     for stride, share in zip(STRIDES, (1 / 3, 1 / 2, 2 / 3, 1), strict=True):
         nearest = min(levels, key=lambda level, to=stride: (abs(math.log2(level.stride / to)), -level.stride))
-        index = round(blocks * share) - 1 if pyramid == "taps" else nearest.index
+        index = max(1, round(blocks * share)) - 1 if pyramid == "taps" else nearest.index
         (channels,) = Pyramid.channels(nearest.channels, nearest.stride, (stride,), halve=pyramid == "simple")
         found.append(Source(index, nearest.channels, nearest.stride, stride, channels))
     return found

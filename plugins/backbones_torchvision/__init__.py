@@ -1,8 +1,11 @@
 """torchvision's classification models, as a plugin: `torchvision/resnet50` and the others, found by name."""
 
-from backbones import BackboneSpec, Weights, hookimpl
+from dataclasses import replace
 
-from .table import FAMILIES, MODELS, REFUSED, Published
+from backbones import BackboneSpec, hookimpl
+from backbones.registry import resolve
+
+from .table import ELSEWHERE, FAMILIES, MODELS, REFUSED, weights
 
 BACKBONES_API = 1
 
@@ -16,7 +19,7 @@ def register_backbones() -> list[BackboneSpec]:
 @hookimpl
 def catalogue() -> list[str]:
     """torchvision's names of the models that keep the promise."""
-    return list(MODELS)
+    return [*MODELS, *ELSEWHERE]
 
 
 @hookimpl
@@ -24,6 +27,8 @@ def find_backbone(name: str) -> BackboneSpec | None:
     """The spec of a torchvision model; of one that is not offered, a spec that says why when it is built."""
     if name in REFUSED:
         return _refused(name)
+    if name in ELSEWHERE:
+        return _elsewhere(name)
     if name not in MODELS:
         return None
     model, family = MODELS[name], FAMILIES[MODELS[name].family]
@@ -34,12 +39,10 @@ def find_backbone(name: str) -> BackboneSpec | None:
         channels=model.channels,
         strides=(4, 8, 16, 32),
         defaults={"model": name, "channels": model.channels},
-        weights=[_weights(row) for row in model.weights],
+        weights=weights(name),
         params=model.params,
         gmacs=model.gmacs,
-        options=("weights", "norm_layer", "output_stride")
-        if len(model.output_strides) > 1
-        else ("weights", "norm_layer"),
+        options=("norm_layer", "output_stride") if len(model.output_strides) > 1 else ("norm_layer",),
         layer_decay=0.95 if model.family == "ConvNeXt" else 1.0,
         summary=f"torchvision's {name}: {family.summary}",
         paper=family.paper,
@@ -47,18 +50,11 @@ def find_backbone(name: str) -> BackboneSpec | None:
     )
 
 
-def _weights(row: Published) -> Weights:
-    return Weights(
-        tag=row.tag,
-        source=f"https://download.pytorch.org/models/{row.file}.pth",
-        layout="torchvision",
-        input_size=(3, row.side, row.side),
-        interpolation=row.interpolation,
-        license="CC-BY-NC-4.0" if "SWAG" in row.tag else "BSD-3-Clause",
-        metrics={} if row.top1 is None else {"imagenet_top1": row.top1},
-        mean=row.mean,
-        std=row.std,
-    )
+def _elsewhere(name: str) -> BackboneSpec:
+    """The spec of another plugin, with torchvision's weights alone."""
+    spec = resolve(f"{ELSEWHERE[name]}/{name}")
+    rows = tuple(replace(row, aliases=()) for row in spec.weights if row.enum)
+    return replace(spec, name=name, aliases=(), weights=rows, timm_name="")
 
 
 def _refused(name: str) -> BackboneSpec:

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from itertools import chain
 from typing import Any, NoReturn
 
@@ -19,9 +18,8 @@ from torchvision.ops import Permute, StochasticDepth
 from backbones.backbone import Backbone
 from backbones.errors import InputError
 from backbones.layers import Blocks, fold_norm, pad_to_multiple
-from backbones.weights import KeyLayout, load_pretrained
+from backbones.weights import KeyLayout
 
-from . import find_backbone
 from .table import MODELS, REFUSED
 
 
@@ -36,21 +34,17 @@ class TorchvisionBackbone(Backbone):
     Args:
         model: torchvision's name of the model.
         channels: width of each map.
-        weights: published weights, as torchvision's builders take them: a member of the model's enum, such as
-            `ResNet50_Weights.IMAGENET1K_V2`, or its name; "DEFAULT" for the best.
         norm_layer: what to build instead of BatchNorm, such as `torchvision.ops.FrozenBatchNorm2d`.
         **options: those of `backbones.Backbone`.
     """
 
     block_pattern = r"^stages\.(\d+)\.(\d+)"
-    weight_options = ("weights",)
     overwrites = True
 
     def __init__(
         self,
         model: str,
         channels: tuple[int, ...],
-        weights: Enum | str | None = None,
         norm_layer: Callable[..., nn.Module] | None = None,
         **options: Any,
     ):
@@ -58,7 +52,6 @@ class TorchvisionBackbone(Backbone):
         self.output_strides = MODELS[model].output_strides
         super().__init__(channels=channels, **options)
         self.model = model
-        self._published = None if weights is None else _tag(model, weights)
 
         net = _build(model, _arguments(model, family, self.output_stride, norm_layer))
         cut = _CUTS[family](net)
@@ -113,21 +106,11 @@ class TorchvisionBackbone(Backbone):
     def finish(self) -> None:
         super().finish()
         del self._classifier
-        if self._published:
-            load_pretrained(self, find_backbone(self.model), self._published)
 
 
 def refuse(model: str, **options: Any) -> NoReturn:
     """Says why a model of torchvision is not offered, and what to use instead."""
     raise InputError(f"torchvision's {model} is not offered: {REFUSED[model].reason}")
-
-
-def _tag(model: str, weights: Enum | str) -> str:
-    """The tag of torchvision's `ResNet50_Weights.IMAGENET1K_V2`, of "ResNet50_Weights.IMAGENET1K_V2" or of its name."""
-    enum, _, tag = str(weights).rpartition(".")
-    if enum and enum.removesuffix("_Weights").lower() != model:
-        raise InputError(f"weights={weights} are those of another model than {model}")
-    return tag
 
 
 def _arguments(

@@ -46,6 +46,7 @@ def _spec(kind: str, size: str, row: tuple, defaults: dict, how: str) -> Backbon
                 tag="in1k",
                 source=f"hf-hub:timm/{name}.in1k",
                 license="Apache-2.0",
+                classes=1000,
                 metrics={"imagenet_top1": top1} if top1 else {},
             ),
         ),

@@ -3,7 +3,7 @@
 from typing import Any
 
 from backbones import BackboneSpec, Weights, hookimpl
-from backbones.specs import transformer_layer_decay
+from backbones.specs import torchvision_weights, transformer_layer_decay
 
 BACKBONES_API = 1
 
@@ -17,6 +17,7 @@ _SIZES = {
     "huge": (1280, 32, 16),
 }
 _LICENSES = {"mae": "CC-BY-NC-4.0"}
+_CLASSES = {"augreg_in21k": 21843, "orig_in21k": 0, "dino": 0, "mae": 0}  # of the others, 1000
 _INCEPTION = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}  # JAX releases scale to [-1, 1]
 
 # name: patch size, size, parameters in millions (1000 classes), multiply-adds in billions (224 x 224), weights
@@ -62,11 +63,11 @@ _DEIT = {
     "deit_base_distilled_patch16": (16, "base", 87.34, 17.66, "fb_in1k fb_in1k@384"),
 }
 _DEIT3 = {
-    "deit3_small_patch16": (16, "small", 22.06, 4.60, "fb_in22k_ft_in1k fb_in22k_ft_in1k@384 fb_in1k fb_in1k@384"),
-    "deit3_medium_patch16": (16, "medium", 38.85, 7.99, "fb_in22k_ft_in1k fb_in1k"),
-    "deit3_base_patch16": (16, "base", 86.59, 17.56, "fb_in22k_ft_in1k fb_in22k_ft_in1k@384 fb_in1k fb_in1k@384"),
-    "deit3_large_patch16": (16, "large", 304.37, 61.55, "fb_in22k_ft_in1k fb_in22k_ft_in1k@384 fb_in1k fb_in1k@384"),
-    "deit3_huge_patch14": (14, "huge", 632.13, 167.30, "fb_in22k_ft_in1k fb_in1k"),
+    "deit3_small_patch16": (16, "small", 22.06, 4.60, "fb_in1k fb_in1k@384 fb_in22k_ft_in1k fb_in22k_ft_in1k@384"),
+    "deit3_medium_patch16": (16, "medium", 38.85, 7.99, "fb_in1k fb_in22k_ft_in1k"),
+    "deit3_base_patch16": (16, "base", 86.59, 17.56, "fb_in1k fb_in1k@384 fb_in22k_ft_in1k fb_in22k_ft_in1k@384"),
+    "deit3_large_patch16": (16, "large", 304.37, 61.55, "fb_in1k fb_in1k@384 fb_in22k_ft_in1k fb_in22k_ft_in1k@384"),
+    "deit3_huge_patch14": (14, "huge", 632.13, 167.30, "fb_in1k fb_in22k_ft_in1k"),
 }
 # name: bottlenecks of each stage of the ResNet, then the same
 _HYBRID = {
@@ -87,14 +88,37 @@ _HYBRID = {
         "augreg_in21k_ft_in1k augreg_in21k_ft_in1k@384 augreg_in21k",
     ),
 }
+_RECIPE = "https://github.com/pytorch/vision/tree/main/references/classification#"
+_SWAG, _LINEAR = "https://github.com/facebookresearch/SWAG", "https://github.com/pytorch/vision/pull/5793"
+# torchvision's name, and its weights, its default first: tag, file, accuracies, image side, recipe
 _TORCHVISION = {
-    "vit_base_patch16": "vit_b_16",
-    "vit_base_patch32": "vit_b_32",
-    "vit_large_patch16": "vit_l_16",
-    "vit_large_patch32": "vit_l_32",
-    "vit_huge_patch14": "vit_h_14",
+    "vit_base_patch16": (
+        "ViT_B_16",
+        ("IMAGENET1K_V1", "vit_b_16-c867db91", 81.072, 95.318, 224, f"{_RECIPE}vit_b_16"),
+        ("IMAGENET1K_SWAG_E2E_V1", "vit_b_16_swag-9ac1b537", 85.304, 97.65, 384, _SWAG),
+        ("IMAGENET1K_SWAG_LINEAR_V1", "vit_b_16_lc_swag-4e70ced5", 81.886, 96.18, 224, _LINEAR),
+    ),
+    "vit_base_patch32": (
+        "ViT_B_32",
+        ("IMAGENET1K_V1", "vit_b_32-d86f8d99", 75.912, 92.466, 224, f"{_RECIPE}vit_b_32"),
+    ),
+    "vit_large_patch16": (
+        "ViT_L_16",
+        ("IMAGENET1K_V1", "vit_l_16-852ce7e3", 79.662, 94.638, 224, f"{_RECIPE}vit_l_16"),
+        ("IMAGENET1K_SWAG_E2E_V1", "vit_l_16_swag-4f3808c9", 88.064, 98.512, 512, _SWAG),
+        ("IMAGENET1K_SWAG_LINEAR_V1", "vit_l_16_lc_swag-4d563306", 85.146, 97.422, 224, _LINEAR),
+    ),
+    "vit_large_patch32": (
+        "ViT_L_32",
+        ("IMAGENET1K_V1", "vit_l_32-c7638314", 76.972, 93.07, 224, f"{_RECIPE}vit_l_32"),
+    ),
+    "vit_huge_patch14": (
+        "ViT_H_14",
+        ("IMAGENET1K_SWAG_E2E_V1", "vit_h_14_swag-80465313", 88.552, 98.694, 518, _SWAG),
+        ("IMAGENET1K_SWAG_LINEAR_V1", "vit_h_14_lc_swag-c1eb923e", 85.708, 97.73, 224, _LINEAR),
+    ),
 }
-_FORMER_NAMES = {"vit_base_r50_s16": "vit_base_resnet50_384"}
+_FORMER_NAMES = {"vit_base_r50_s16_384.orig_in21k_ft_in1k": "vit_base_resnet50_384"}
 # by timm's name: ImageNet-1k top-1 accuracy as its authors or timm report it
 _TOP1 = {
     "vit_tiny_patch16_224.augreg_in21k_ft_in1k": 75.45,
@@ -171,29 +195,47 @@ def _size(size: str) -> dict[str, int]:
 
 
 def _spec(name: str, params: float, gmacs: float, weights: str, **fields: Any) -> BackboneSpec:
-    rows = [_weights(name, *tag.partition("@")[::2]) for tag in weights.split()]
-    sides = dict.fromkeys((224, *(row.input_size[-1] for row in rows)))
-    others = (names[name] for names in (_TORCHVISION, _FORMER_NAMES) if name in names)
+    rows = (_weights(name, *tag.partition("@")[::2]) for tag in weights.split())
     return BackboneSpec(
         name=name,
         strides=(4, 8, 16, 32),
-        weights=tuple(rows),
-        aliases=(*(f"{name}_{side}" for side in sides), *others),
+        weights=(*rows, *_torchvision(name)),
+        aliases=(f"{name}_224",),
         params=params,
         gmacs=gmacs,
         license="Apache-2.0",
+        timm_name=f"{name}_224",
         **fields,
     )
 
 
 def _weights(name: str, tag: str, side: str) -> Weights:
-    side = int(side or 224)
-    published = f"{name}_{side}.{tag}"
+    published = f"{name}_{side or 224}.{tag}"
+    former = _FORMER_NAMES.get(published)
     return Weights(
-        tag=tag if side == 224 else f"{tag}_{side}",
+        tag=f"{tag}_{side}" if side else tag,
         source=f"hf-hub:timm/{published}",
-        input_size=(3, side, side),
+        input_size=(3, int(side or 224), int(side or 224)),
         license=_LICENSES.get(tag, "Apache-2.0"),
         metrics={"imagenet_top1": _TOP1[published]} if published in _TOP1 else {},
+        classes=_CLASSES.get(tag, 1000),
+        options={"img_size": int(side)} if side else {},
+        aliases=(f"{name}_{side or 224}", *([former] if former else ())),
         **(_INCEPTION if tag.startswith(("augreg", "orig")) else {}),
     )
+
+
+def _torchvision(name: str) -> list[Weights]:
+    model, *rows = _TORCHVISION.get(name, ("",))
+    return [
+        torchvision_weights(
+            f"{model}_Weights.{tag}",
+            *facts,
+            recipe,
+            side,
+            interpolation="bicubic" if "SWAG" in tag else "bilinear",
+            options={"img_size": side} if side != 224 else {},
+            aliases=(model.lower(),),
+        )
+        for tag, *facts, side, recipe in rows
+    ]

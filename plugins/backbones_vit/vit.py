@@ -154,7 +154,7 @@ class VisionTransformer(Backbone):
         if pyramid not in self.pyramids:
             *some, last = map(repr, self.pyramids)
             raise InputError(f"pyramid={pyramid!r} is unknown; choose from {', '.join(some)} and {last}")
-        taps = tuple(taps) if taps else tuple(round(depth * share) for share in (1 / 3, 1 / 2, 2 / 3, 1))
+        taps = tuple(taps) if taps else tuple(max(1, round(depth * share)) for share in (1 / 3, 1 / 2, 2 / 3, 1))
         if len(taps) != 4 or list(taps) != sorted(taps) or not 1 <= taps[0] <= taps[-1] <= depth:
             raise InputError(f"taps={taps} must be four ascending blocks from 1 to {depth}")
         channels, strides, taps = self.levels(pyramid, dim, patch_size, depth, taps)

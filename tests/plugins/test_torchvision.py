@@ -1,7 +1,6 @@
 """torchvision's models under the contract: the same maps and logits as torchvision, on images of any size."""
 
 import math
-import re
 
 import pytest
 import torch
@@ -16,8 +15,10 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork
 
 from backbones import InputError, WeightsError, backbone_info, build_backbone, list_backbones
+from backbones.registry import resolve
 from backbones.testing import parametrize_backbones
-from backbones_torchvision.table import MODELS, REFUSED
+from backbones.weights import find_weights
+from backbones_torchvision.table import ELSEWHERE, MODELS, REFUSED
 
 # One of each family, with the nodes of torchvision's graph at strides 4, 8, 16 and 32.
 NODES = {
@@ -42,6 +43,11 @@ NODES = {
 NATIVE = {name for name in NODES if not name.startswith(("convnext", "densenet", "googlenet", "swin", "vgg"))}
 QUICK = {"resnet18", "regnet_y_400mf", "mobilenet_v2", "mobilenet_v3_small", "mnasnet0_5", "shufflenet_v2_x0_5"}
 ONE_OF_EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NODES]
+# What torchvision and our own plugins both have.
+OURS = [
+    *("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14", "swin_t", "swin_s", "swin_b", "maxvit_t"),
+    *(f"convnext_{size}" for size in ("tiny", "small", "base", "large")),
+]
 IN_DETAIL = ["torchvision/resnet18", "torchvision/mobilenet_v3_small", "torchvision/efficientnet_b0"]
 
 
@@ -77,11 +83,15 @@ def test_conformance(name, check):
 def test_nothing_is_listed_until_the_namespace_is_named():
     assert not [name for name in list_backbones() if name.startswith("torchvision/")]
     assert "torchvision/resnet50" in list_backbones("torchvision/*")
-    assert len(list_backbones("torchvision/*")) == len(list_backbones(plugin="torchvision")) == len(MODELS)
+    assert (
+        len(list_backbones("torchvision/*"))
+        == len(list_backbones(plugin="torchvision"))
+        == len(MODELS) + len(ELSEWHERE)
+    )
 
 
 def test_every_classification_model_of_torchvision_is_offered_or_refused():
-    ours = MODELS.keys() | REFUSED.keys()
+    ours = MODELS.keys() | REFUSED.keys() | ELSEWHERE.keys()
     assert set(torchvision.models.list_models(torchvision.models)) <= ours
 
 
@@ -105,12 +115,11 @@ def test_channels_strides_and_parameters_are_those_of_the_installed_torchvision(
     assert ("output_stride" in info.options) is (len(model.output_strides) > 1)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*(f"torchvision/{name}" for name in (*MODELS, *ELSEWHERE)), *OURS])
 def test_weights_are_those_of_the_installed_torchvision(name):
-    rows = backbone_info(f"torchvision/{name}").weights
-    enum = get_model_weights(name)
-    assert enum.__name__.removesuffix("_Weights").lower() == name
-    assert {row.tag for row in rows} == {member.name for member in enum}
+    rows = [row for row in backbone_info(name).weights if row.enum]
+    enum = get_model_weights(name.rpartition("/")[2])
+    assert {row.enum for row in rows} == {str(member) for member in enum}
     assert rows[0].tag == enum.DEFAULT.name
     for row in rows:
         published = enum[row.tag]
@@ -118,18 +127,32 @@ def test_weights_are_those_of_the_installed_torchvision(name):
         assert row.source == published.url
         assert row.input_size == (3, *transform.crop_size * 2)
         assert row.interpolation == transform.interpolation.value
-        top1 = published.meta["_metrics"]["ImageNet-1K"]["acc@1"]
-        assert row.metrics == ({} if math.isnan(top1) else {"imagenet_top1": top1})
-        if name != "googlenet":  # whose builder converts images for 0.5 inside of the model
+        metrics = published.meta["_metrics"]["ImageNet-1K"]
+        known = not math.isnan(metrics["acc@1"])
+        assert row.metrics == ({"imagenet_top1": metrics["acc@1"], "imagenet_top5": metrics["acc@5"]} if known else {})
+        assert row.classes == len(published.meta["categories"] or ())
+        assert row.recipe == published.meta["recipe"]
+        if known:
+            assert row.categories == tuple(published.meta["categories"])
+        if name != "torchvision/googlenet":  # whose builder converts images for 0.5 inside of the model
             assert row.mean + row.std == pytest.approx((*transform.mean, *transform.std))
+
+
+@pytest.mark.parametrize("name", [*OURS, "torchvision/vit_b_16", "torchvision/maxvit_t"])
+def test_under_torchvisions_name_torchvisions_weights_are_the_first(name):
+    first, *_ = rows = backbone_info(name).weights
+    if name.startswith("convnext"):  # timm's name, too, and ours
+        first = next(row for row in rows if row.enum)
+    else:
+        assert find_weights(resolve(name), True) == first
+    assert first.enum == str(get_model_weights(name.rpartition("/")[2]).DEFAULT)
+    assert find_weights(resolve(name), "DEFAULT") == first
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_keep_the_promise_says_why(name):
-    with pytest.raises(InputError, match=f"torchvision's {name} is not offered: it") as caught:
+    with pytest.raises(InputError, match=f"torchvision's {name} is not offered: its"):
         build_backbone(f"torchvision/{name}", out_indices=(0,))
-    for ours in re.findall(r"build '(\w+)'", str(caught.value)):  # what it names instead is there
-        assert backbone_info(ours).distribution == "dense-backbones"
     assert f"torchvision/{name}" not in list_backbones("torchvision/*")
 
 
@@ -214,7 +237,8 @@ def downloads(monkeypatch, tmp_path, original):
     """What would be fetched is written from torchvision's own models instead."""
     fetched = []
 
-    def download(url, path):
+    def download(url, path, hash_prefix):
+        assert hash_prefix == url.rpartition("-")[2].removesuffix(".pth")
         fetched.append(url.rpartition("/")[2])
         torch.save(original(fetched[-1].partition("-")[0]).state_dict(), path)
 
@@ -247,7 +271,7 @@ def test_weights_are_asked_for_as_in_torchvision(options, file, downloads, origi
 
 
 def test_weights_of_another_model_are_refused():
-    with pytest.raises(InputError, match=r"ResNet18_Weights\.IMAGENET1K_V1 are those of another model than resnet50"):
+    with pytest.raises(WeightsError, match=r"resnet50: weights ResNet18_Weights\.IMAGENET1K_V1 are those of another"):
         build_backbone("torchvision/resnet50", weights=ResNet18_Weights.IMAGENET1K_V1)
 
 

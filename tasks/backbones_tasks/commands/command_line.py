@@ -218,11 +218,12 @@ class CommandLine(LightningCLI):
         """With a checkpoint, the weights that it began with are not read, and need not be there any more."""
         told = self.config
         backbone = told.model.backbone
-        if self.trained is not None and isinstance(backbone, Mapping) and backbone.get("pretrained"):
+        asked = isinstance(backbone, Mapping) and any(map(backbone.get, ("pretrained", "weights")))
+        if self.trained is not None and asked:
             self.config = told.clone()
             options = self.trained["hyper_parameters"]
-            own = {"pretrained": False, "pretrained_cfg": options["backbone"]["pretrained_cfg"]}
-            self.config.model.backbone = {**backbone, **own}
+            own = {"pretrained": False, "weights": None, "pretrained_cfg": options["backbone"]["pretrained_cfg"]}
+            self.config.model.backbone = {**options["backbone"], **backbone, **own}
             if told.model.layer_decay is None:
                 self.config.model.layer_decay = options["layer_decay"]
         super().instantiate_classes()

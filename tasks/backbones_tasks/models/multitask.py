@@ -186,7 +186,7 @@ class SharedMaps(nn.Module):
         self.strides = [strides[i] for i in self.chosen]
         levels = [{"num_chs": c, "reduction": s, "module": ""} for c, s in zip(channels, strides, strict=True)]
         self.feature_info = FeatureInfo(levels, tuple(self.chosen))
-        for name in ("canonical_name", "in_chans", "pretrained_cfg", "weight_options"):
+        for name in ("canonical_name", "in_chans", "pretrained_cfg", "weight_options", "implied_options"):
             if hasattr(backbone, name):
                 setattr(self, name, getattr(backbone, name))
         #: The model that has the backbone, in a tuple, because in an attribute it would be a part of its own parts.

@@ -249,13 +249,13 @@ class Task(LightningModule):
         """
         built = dict(backbone) if isinstance(backbone, Mapping) else {"name": backbone}
         inner = self.model.inner_backbone
-        weights = ("pretrained", *inner.weight_options)
+        weights = ("pretrained", *inner.weight_options)  # of which torchvision's `weights` is one
         if self.hparams["layer_decay"] is None:
             published = any(built.get(name) for name in weights)
             own = published and self.hparams["backbone_lr"] == 1
             options["layer_decay"] = inner.spec.layer_decay if own else 1.0
         check_ranges(self.name, "model", {**self.hparams, **options})
-        built = {k: v for k, v in built.items() if k not in weights}
+        built = {**inner.implied_options, **{k: v for k, v in built.items() if k not in weights}}
         built["pretrained_cfg"] = json_values(inner.pretrained_cfg)  # images are normalised as those weights want it
         self.save_hyperparameters({"backbone": {**built, "name": inner.canonical_name}, **options}, logger=False)
 
