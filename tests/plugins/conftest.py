@@ -143,21 +143,3 @@ def assert_epsilons_equal():
         assert ours
 
     return check
-
-
-@pytest.fixture(scope="session")
-def assert_weights_known_to_timm():
-    """Rows of published weights say what timm says of the same weights."""
-
-    def check(name):
-        for row in backbone_info(name).weights:
-            if row.layout != "timm":
-                continue
-            theirs = timm.get_pretrained_cfg(row.source.removeprefix("hf-hub:timm/"), allow_unregistered=False)
-            assert theirs.hf_hub_id in ("timm/", row.source.removeprefix("hf-hub:"))
-            for field in ("input_size", "mean", "std", "interpolation"):
-                assert getattr(row, field) == getattr(theirs, field), (row.tag, field)
-            if theirs.license:
-                assert row.license.lower() == theirs.license.lower(), row.tag
-
-    return check

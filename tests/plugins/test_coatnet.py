@@ -185,8 +185,3 @@ def test_reset_classifier_keeps_the_hidden_layer():
 def test_unknown_options_are_named(option):
     with pytest.raises(InputError, match=rf"CoAtNet: {next(iter(option))}=.* is unknown; choose from"):
         build_backbone("coatnet_nano_rw", **option)
-
-
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_published_weights_are_those_timm_knows(name, assert_weights_known_to_timm):
-    assert_weights_known_to_timm(name)

@@ -154,21 +154,3 @@ def test_segmentation_checkpoint_loads_its_backbone_and_its_norms(
             weight, bias = state[f"norm{i}.weight"], state[f"norm{i}.bias"]
             x = torch.nn.functional.layer_norm(x, widths[i : i + 1], weight, bias, 1e-6).permute(0, 3, 1, 2)
             assert_equals_reference(f"{spelling} level {i}", ours, x)
-
-
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_published_weights_are_those_timm_knows(name, assert_weights_known_to_timm):
-    assert_weights_known_to_timm(name)
-    assert backbone_info(name).weights[0].tag == timm.get_pretrained_cfg(name).tag
-
-
-@pytest.mark.parametrize("variant", ["tiny", "small", "base", "large"])
-def test_published_weights_are_those_torchvision_knows(variant):
-    row = {row.tag: row for row in backbone_info(f"convnext_{variant}").weights}["tv_in1k"]
-    theirs = getattr(torchvision.models, f"ConvNeXt_{variant.title()}_Weights").IMAGENET1K_V1
-    transform = theirs.transforms()
-    assert row.source == theirs.url
-    assert row.metrics["imagenet_top1"] == theirs.meta["_metrics"]["ImageNet-1K"]["acc@1"]
-    assert (list(row.mean), list(row.std)) == (transform.mean, transform.std)
-    assert row.interpolation == transform.interpolation.value
-    assert row.input_size == (3, *transform.crop_size * 2)

@@ -235,8 +235,3 @@ def test_reset_classifier_replaces_both_heads(pair):
 def test_attention_blocks_out_of_range_are_refused(wrong):
     with pytest.raises(InputError, match=rf"attention_blocks={wrong} must be from 1 to depths\[-1\]=4"):
         build_backbone("efficientformer_l1", attention_blocks=wrong)
-
-
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_published_weights_are_those_timm_knows(name, assert_weights_known_to_timm):
-    assert_weights_known_to_timm(name)

@@ -273,8 +273,3 @@ def test_reset_classifier_keeps_the_hidden_layer():
     assert torch.equal(model.pre_logits.fc.weight, hidden)
     model.reset_classifier(0)
     assert torch.equal(model(images), model.forward_head(model.forward_features(images), pre_logits=True))
-
-
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_published_weights_are_those_timm_knows(name, assert_weights_known_to_timm):
-    assert_weights_known_to_timm(name)

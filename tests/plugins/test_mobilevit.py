@@ -177,8 +177,3 @@ def test_layer_decay_counts_every_transformer(name):
     scales = [scale[f"{part}.weight"] for part in order]
     assert scales == [scales[0] * 2**i for i in range(6)]
     assert scale[f"{block}.project.conv.weight"] == scale[f"{block}.transformer.3.norm1.weight"]
-
-
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_published_weights_are_those_timm_knows(name, assert_weights_known_to_timm):
-    assert_weights_known_to_timm(name)

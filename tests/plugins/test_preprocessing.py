@@ -49,6 +49,7 @@ def test_weights_of_timm_are_described_as_timm_does(spec, row, test):
     theirs = timm.get_pretrained_cfg(row.timm_name, allow_unregistered=False)
     assert config(described(spec, row), test) == config(theirs.to_dict(), test)
     assert row.classes == theirs.num_classes
+    assert theirs.hf_hub_id in ("timm/", row.source.removeprefix("hf-hub:"))
     if theirs.license:
         assert row.license.lower() == theirs.license.lower()
 

@@ -263,8 +263,3 @@ def test_classifiers_export_for_images_larger_than_the_windows():
         images = torch.randn(2, 3, *size)
         with torch.no_grad():
             torch.testing.assert_close(program(images), model(images), atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_published_weights_are_those_timm_knows(name, assert_weights_known_to_timm):
-    assert_weights_known_to_timm(name)

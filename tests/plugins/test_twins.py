@@ -146,8 +146,3 @@ def test_out_norm_of_pcpvt_is_the_maps_own(randomise, assert_equals_reference):
         for ours, x in zip(normed(images), plain(images), strict=True):
             expected = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=1e-6).permute(0, 3, 1, 2)
             assert_equals_reference("normed", ours, expected)
-
-
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_published_weights_are_those_timm_knows(name, assert_weights_known_to_timm):
-    assert_weights_known_to_timm(name)

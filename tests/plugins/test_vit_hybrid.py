@@ -195,11 +195,6 @@ def test_in_chans_are_adapted_as_timm_does(in_chans, reference, tmp_path, assert
         assert_equals_reference(f"{in_chans} channels", ours(images), theirs(images))
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_published_weights_are_those_timm_knows(name, assert_weights_known_to_timm):
-    assert_weights_known_to_timm(name)
-
-
 # The pyramid
 
 
