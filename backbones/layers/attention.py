@@ -32,13 +32,28 @@ def scaled_attention(
     matrices do it in half the time, for some queries at a time. In float32, PyTorch's multiplies by MKL, and oneDNN is
     up to twice as quick; FLOP counters do not see it, so only layers that are `fast` use it.
     """
-    if onednn.can_run(q, k) and not torch.is_grad_enabled():
-        factor = q.shape[-1] ** -0.5 if scale is None else scale
-        if q.dtype == torch.bfloat16:
-            return _attend_by_products(q, k, v, bias, factor)
-        if fast and bias is None and q.shape[2] * k.shape[2] >= MANY_WEIGHTS:
-            return _attend_by_heads(q, k, v, factor)
+    if not onednn.can_run(q, k) or torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    if torch.compiler.is_compiling():
+        if fast:
+            return _compiled_attention(q, k, v, bias, scale).transpose(1, 2)
+    elif q.dtype == torch.bfloat16:
+        return _attend_by_products(q, k, v, bias, q.shape[-1] ** -0.5 if scale is None else scale)
+    elif fast and bias is None and q.shape[2] * k.shape[2] >= MANY_WEIGHTS:
+        return _attend_by_heads(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+@torch.library.custom_op("backbones::attention", mutates_args=(), device_types="cpu")
+def _compiled_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
+    """`scaled_attention` of a fast layer, as (B, N, heads, e), which compilers do not look into."""
+    return scaled_attention(q, k, v, bias, scale, fast=True).transpose(1, 2).contiguous()
+
+
+@_compiled_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
+    batch, heads, queries, _ = q.shape
+    return q.new_empty(batch, queries, heads, v.shape[-1])
 
 
 def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -65,9 +80,9 @@ def _attend_by_heads(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
             keys, values = k[i, head] * scale, v[i, head].mT.contiguous()
             for start in range(0, queries, rows):
                 some = slice(start, start + rows)
-                weights = onednn.linear(q[i, head, some], keys, None, None)
+                weights = onednn.product(q[i, head, some], keys)
                 torch.softmax(weights, -1, out=weights)
-                out[i, some, head] = onednn.linear(weights, values, None, None)
+                out[i, some, head] = onednn.product(weights, values)
     return out.transpose(1, 2)
 
 

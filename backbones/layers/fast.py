@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from . import onednn
 from .activation import activate
-from .cache import TableCache
 from .padding import is_exporting
 
 
@@ -21,13 +20,11 @@ class FastLinear(nn.Linear):
         fast = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         fast.weight, fast.bias = layer.weight, layer.bias
         fast.act = act
-        fast._packed = TableCache(entries=1)
         return fast.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim > 1 and onednn.can_run(x, self.weight):
-            packed = self._packed.get(_place(self.weight), lambda: onednn.pack_linear(self.weight))
-            return onednn.linear(x, packed, self.bias, self.act)
+            return onednn.linear(x, self.weight, self.bias, self.act)
         return activate(linear(x, self.weight, self.bias), self.act, spare=True)
 
 
@@ -43,13 +40,12 @@ class FastConv(nn.Conv2d):
         fast = cls(*shape, layer.groups, layer.bias is not None, layer.padding_mode, device="meta")
         fast.weight, fast.bias = layer.weight, layer.bias
         fast.act = act
-        fast._packed = TableCache(entries=1)
         return fast.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.padding_mode == "zeros" and not isinstance(self.padding, str) and onednn.can_run(x, self.weight):
-            packed = self._packed.get(_place(self.weight), lambda: onednn.pack_conv(self))
-            return onednn.conv(x, self, packed, self.act)
+        plain = self.padding_mode == "zeros" and not isinstance(self.padding, str)
+        if plain and onednn.can_run(x, self.weight) and (onednn.is_linear(self) or not torch.compiler.is_compiling()):
+            return onednn.conv(x, self, self.act)
         return activate(super().forward(x), self.act, spare=True)
 
 
@@ -85,7 +81,3 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # (..., C) -> (1, C, 1, rows)
     y = F.conv2d(rows, weight[:, :, None, None], bias)
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
-
-
-def _place(weight: Tensor) -> tuple[torch.device, torch.dtype]:
-    return weight.device, weight.dtype

@@ -52,7 +52,7 @@ TIMM = KeyLayout(
     ),
 )
 HEAD_DIM = 32
-# Numbers in the largest bias that is made whole, 16 MB in float32, and that is kept by `for_inference`.
+# Numbers in the largest bias that a CPU makes whole, 16 MB in float32, and that is kept by `for_inference` or on GPUs.
 WHOLE_BIAS, KEPT_BIAS = 2**22, 2**24
 # Numbers in the bias of one band of rows of a larger map: what stays in a CPU's cache.
 BAND_BIAS = 2**20
@@ -228,10 +228,10 @@ class Attention(Layer):
         qkv = self.qkv(x).permute(0, 2, 3, 1).reshape(batch, height * width, self.heads, 3, HEAD_DIM)
         q, k, v = qkv.permute(3, 0, 2, 1, 4)  # (B, heads, N, 32) each
         banded = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if banded and self.heads * (height * width) ** 2 > (KEPT_BIAS if self.fast else WHOLE_BIAS):
+        if banded and self.heads * (height * width) ** 2 > (KEPT_BIAS if self.fast or x.is_cuda else WHOLE_BIAS):
             x = self._attend_by_bands(q, k, v, height, width)
         else:
-            x = scaled_attention(q, k, v, self.rel_pos(height, width).to(q.dtype))
+            x = scaled_attention(q, k, v, self.rel_pos(height, width).to(q.dtype), fast=self.fast)
         x = x.transpose(1, 2).reshape(batch, height, width, -1)
         return self.proj(x.permute(0, 3, 1, 2))
 
@@ -248,7 +248,7 @@ class Attention(Layer):
             bias = table[:, top : top + rows + height - 1].unfold(1, height, 1).unfold(2, width, 1)
             bias = bias.reshape(1, self.heads, -1, height * width)
             band = slice(top * width, (top + rows) * width)
-            out[:, :, band] = scaled_attention(q[:, :, band], k, v, bias)
+            out[:, :, band] = scaled_attention(q[:, :, band], k, v, bias, fast=self.fast)
         return out
 
 

@@ -216,7 +216,7 @@ class AttentionBlock(Layer):
         return residual(x, self.drop_path(self.ls2(self.mlp(self.norm2(x)))), spare=self.fast)
 
 
-class Attention(nn.Module):
+class Attention(Layer):
     """Attention with values four times as wide as queries and keys, and a bias by distance."""
 
     def __init__(self, dim: int, heads: int = 8, key_dim: int = 32, value_dim: int = 128):
@@ -231,5 +231,5 @@ class Attention(nn.Module):
         height, width = x.shape[1:3]
         qkv = self.qkv(x).flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, widths)
         q, k, v = qkv.split(self.widths, dim=-1)
-        y = scaled_attention(q, k, v, self.bias(height, width).to(q.dtype))
+        y = scaled_attention(q, k, v, self.bias(height, width).to(q.dtype), fast=self.fast)
         return self.proj(y.transpose(1, 2).flatten(2)).reshape(x.shape)

@@ -273,7 +273,7 @@ class PartitionAttention(Layer):
         return self._masked.get((batch, height, width, bias.device, bias.dtype), masked) if self.fast else masked()
 
 
-class Attention(nn.Module):
+class Attention(Layer):
     """Attention within parts (B * parts, N, C), with a bias for relative positions."""
 
     def __init__(self, dim: int, size: int, heads_first: bool, scale_by_dim: bool, position_hidden: int | None):
@@ -291,7 +291,7 @@ class Attention(nn.Module):
         split = (self.heads, 3, HEAD_DIM) if self.heads_first else (3, self.heads, HEAD_DIM)
         qkv = self.qkv(x).unflatten(-1, split)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(3 if self.heads_first else 2))  # (..., heads, N, 32)
-        x = scaled_attention(q, k, v, bias.to(q.dtype), self.scale)
+        x = scaled_attention(q, k, v, bias.to(q.dtype), self.scale, self.fast)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 

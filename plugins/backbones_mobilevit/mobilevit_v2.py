@@ -7,7 +7,18 @@ import torch.nn.functional as F
 from timm.layers import DropPath, make_divisible
 from torch import Tensor, nn
 
-from backbones.layers import ConvNorm, FastLinear, Layer, TableCache, activate, fuse, is_plain, may_overwrite, residual
+from backbones.layers import (
+    ConvNorm,
+    FastConv,
+    FastLinear,
+    Layer,
+    TableCache,
+    activate,
+    fuse,
+    is_plain,
+    may_overwrite,
+    residual,
+)
 
 from .common import MobileTrunk, even, from_patches, resize, to_patches
 
@@ -112,22 +123,21 @@ class FastSeparableAttention(Layer):
         weight, bias = layer.qkv_proj.weight.flatten(1), layer.qkv_proj.bias
         dim = weight.shape[1]
         self.query = nn.Parameter(weight[0].clone())  # its bias shifts all scores alike
-        self.key, self.value = FastLinear.of(nn.Linear(dim, dim)), FastLinear.of(nn.Linear(dim, dim), "relu")
+        self.key, self.value = FastLinear.of(nn.Linear(dim, dim)), FastConv.of(nn.Conv2d(dim, dim, 1), "relu")
         for part, start in ((self.key, 1), (self.value, 1 + dim)):
-            part.weight = nn.Parameter(weight[start : start + dim].clone())
+            part.weight = nn.Parameter(weight[start : start + dim].clone().reshape(part.weight.shape))
             part.bias = nn.Parameter(bias[start : start + dim].clone())
         self.out_proj = layer.out_proj
         self._places = TableCache(entries=2)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, dim, height, width = x.shape
-        pixels = x.permute(0, 2, 3, 1)
-        tokens = pixels.flatten(1, 2)
+        tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
         key = (height, width, x.device, x.dtype)
         # (B, H W) -> (B, 4, H W): in each row, scores of one place over the patches, and zeros elsewhere
         scores = (tokens @ self.query)[:, None] + self._places.get(key, lambda: places(*key))
         context = self.key(scores.softmax(-1) @ tokens)  # (B, 4, C)
-        value = to_patches(self.value(pixels))
+        value = to_patches(self.value(x).permute(0, 2, 3, 1))
         context = context.reshape(batch, 1, 2, 1, 2, dim)
         gated = from_patches(value.mul_(context) if may_overwrite(value, context) else value * context)
         return self.out_proj(gated.permute(0, 3, 1, 2))

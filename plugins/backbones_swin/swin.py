@@ -225,12 +225,12 @@ class WindowAttention(Layer):
         windows = qkv.index_select(0, cut.gather).unflatten(0, (-1, cut.height * cut.width))  # (windows, N, 3 * C)
         biases = self.biases(cut).to(qkv.dtype)
         if cut.masks is None:
-            attended = attend(*windows.chunk(3, dim=-1), self.heads, biases)
+            attended = attend(*windows.chunk(3, dim=-1), self.heads, biases, self.fast)
         elif isinstance(cut.kinds, Tensor):
-            attended = attend(*windows.chunk(3, dim=-1), self.heads, biases.index_select(0, cut.kinds))
+            attended = attend(*windows.chunk(3, dim=-1), self.heads, biases.index_select(0, cut.kinds), self.fast)
         else:
             parts = zip(windows.split(cut.kinds), biases.split(1), strict=True)
-            attended = torch.cat([attend(*part.chunk(3, dim=-1), self.heads, bias) for part, bias in parts])
+            attended = torch.cat([attend(*part.chunk(3, dim=-1), self.heads, bias, self.fast) for part, bias in parts])
         cells = attended.flatten(0, 1).index_select(0, cut.scatter)
         return self.proj(cells.reshape(x.shape))
 

@@ -207,7 +207,7 @@ class WindowAttention(Attention):
         if is_exporting() or height % self.window_size or width % self.window_size:
             cells = F.pad(cells, (0, 0, 0, 1))  # the last cell is that of zeros
         windows = self.qkv(cells).index_select(0, gather).unflatten(0, (-1, self.window_size**2))
-        attended = attend(*windows.chunk(3, dim=-1), self.heads).flatten(0, 1)
+        attended = attend(*windows.chunk(3, dim=-1), self.heads, fast=self.fast).flatten(0, 1)
         return self.proj(attended.index_select(0, scatter)).reshape(x.shape)
 
     def cut(self, *place: Any) -> tuple[Tensor, Tensor]:
