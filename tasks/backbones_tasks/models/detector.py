@@ -23,7 +23,8 @@ from torchvision.ops.poolers import LevelMapper
 from backbones import backbone_info
 from backbones.errors import InputError
 
-from ..options import nearest
+from ..options import nearest, require
+from . import heads
 from .base import BackboneLike, Detector, backbone_options, make_backbone, recorded
 from .cascade import CascadeRCNN
 from .resizing import resizing
@@ -46,7 +47,7 @@ def build_detector(
     batch_norm: Literal["train", "frozen", "sync"] = "train",
     **options: Any,
 ) -> Detector:
-    """Build one of torchvision's detectors on any backbone.
+    """Build one of torchvision's or transformers' detectors on any backbone.
 
     The model is torchvision's in every respect: called with a list of images (C, H, W) in [0, 1] of any sizes and,
     in training, a list of targets {"boxes": (N, 4) as x0 y0 x1 y1, "labels": (N,), "masks": (N, H, W)}, it returns a
@@ -55,13 +56,18 @@ def build_detector(
 
     Levels, anchors, RoI features and padding follow from the strides in the backbone's `feature_info`.
 
+    Those of transformers ("hf/NAME") are called in the same way, and the background is a class of theirs as well; their
+    `hf` is transformers' model. They match predictions with objects in training, and need no suppression.
+
     Args:
-        architecture: "faster_rcnn", "mask_rcnn", "cascade_rcnn", "retinanet" or "fcos"
+        architecture: "faster_rcnn", "mask_rcnn", "cascade_rcnn", "retinanet" or "fcos"; "hf/detr",
+            "hf/conditional_detr", "hf/dab_detr", "hf/deformable_detr", "hf/rt_detr", "hf/rt_detr_v2", "hf/d_fine",
+            "hf/deimv2" or "hf/rf_detr"
         backbone: a name, a dict of `build_backbone` options that includes "name" (`out_indices`, `frozen_stages`,
             `norm_eval`, ... go here), or a module that returns a list of maps and has timm's `feature_info`. By default
             R-CNNs take all maps and one more level, RetinaNet and FCOS those of stride 8 and up and two more
         num_classes: number of classes, the background included as torchvision counts; 91 for COCO
-        fpn_channels: width of all levels
+        fpn_channels: width of all levels; not of transformers' detectors, which have `d_model`
         batch_norm: what becomes of the backbone's batch norms: trained, frozen with their statistics, or synchronised
             between processes
         options: of the architecture, by torchvision's names (`min_size`, `max_size`, `rpn_nms_thresh`, ...), of which
@@ -72,15 +78,20 @@ def build_detector(
             box_channels, mask_channels: width of the box head (1024) and of the mask head (256); of R-CNNs
 
     Returns:
-        an instance of torchvision's class, with timm's `group_matcher` and `no_weight_decay` added
+        an instance of torchvision's class, or a `SetDetector`, with timm's `group_matcher` and `no_weight_decay`
 
     Raises:
         InputError: an unknown architecture or option, or a backbone whose maps do not fit
     """
-    check_options(architecture, {"fpn_channels": fpn_channels, "batch_norm": batch_norm, **options})
+    own = {} if _is_hf(architecture) and fpn_channels == 256 else {"fpn_channels": fpn_channels}
+    check_options(architecture, {**own, "batch_norm": batch_norm, **options})
     if num_classes < 2:
         raise InputError(f"num_classes={num_classes}: the background counts, so that a detector has at least 2 classes")
     body = _make_body(architecture, backbone)
+    if _is_hf(architecture):
+        mean, std = _statistics(body, options)
+        statistics = {"image_mean": mean, "image_std": std}
+        return _transformers().build(architecture, body, num_classes, batch_norm, **{**statistics, **options})
     if batch_norm == "frozen":
         body = freeze_batch_norm_2d(body)
     elif batch_norm == "sync":
@@ -99,9 +110,16 @@ def build_detector(
 
 def check_options(architecture: str, options: Mapping[str, Any]) -> None:
     """Raise InputError where `build_detector` would, as far as that is known without a backbone."""
-    if architecture not in ARCHITECTURES:
-        raise InputError(f"unknown architecture {architecture!r}; {nearest(architecture, ARCHITECTURES)}")
-    known = _known_options(architecture)
+    known = (*ARCHITECTURES, *heads.DETECTORS)
+    if architecture not in known:
+        raise InputError(f"unknown architecture {architecture!r}; {nearest(architecture, known)}")
+    if options.get("batch_norm", "train") not in BATCH_NORMS:
+        raise InputError(f"batch_norm={options['batch_norm']!r} is unknown; choose from {', '.join(BATCH_NORMS)}")
+    known = (
+        {"batch_norm", *_transformers().known_options(architecture)}
+        if _is_hf(architecture)
+        else _known_options(architecture)
+    )
     for option in options:
         if option not in known:
             raise InputError(f"{architecture} has no option {option!r}; {nearest(option, sorted(known))}")
@@ -111,12 +129,12 @@ def check_options(architecture: str, options: Mapping[str, Any]) -> None:
     channels = options.get("fpn_channels", 256)
     if architecture == "fcos" and (channels % 32 or channels < 64):
         raise InputError(f"fpn_channels={channels}: the group norms of fcos need a multiple of 32, from 64 on")
-    if options.get("batch_norm", "train") not in BATCH_NORMS:
-        raise InputError(f"batch_norm={options['batch_norm']!r} is unknown; choose from {', '.join(BATCH_NORMS)}")
 
 
 def map_indices(strides: Mapping[int, int], architecture: str = "faster_rcnn", **options: Any) -> list[int]:
     """Which of a backbone's maps a detector takes, given the stride of each by its index."""
+    if _is_hf(architecture):
+        return heads.map_indices(strides, architecture)
     # the stride-4 map has most of the cells and, for dense heads, little use: no published RetinaNet or FCOS has it
     return [index for index, stride in strides.items() if stride >= 8 or architecture not in DENSE]
 
@@ -306,8 +324,20 @@ def _known_options(architecture: str) -> set[str]:
     return known
 
 
+def _is_hf(architecture: str) -> bool:
+    return architecture in heads.DETECTORS
+
+
+def _transformers() -> Any:
+    """What builds detectors of transformers, which few have."""
+    require("a detector of transformers", "transformers", "transformers", "scipy")
+    from . import hf_detector
+
+    return hf_detector
+
+
 def _make_body(architecture: str, backbone: BackboneLike) -> nn.Module:
-    if architecture not in DENSE or isinstance(backbone, nn.Module):
+    if not (architecture in DENSE or _is_hf(architecture)) or isinstance(backbone, nn.Module):
         return make_backbone(backbone, architecture)
     strides = backbone_info(backbone_options(backbone, architecture)["name"]).strides
     return make_backbone(backbone, architecture, out_indices=map_indices(dict(enumerate(strides)), architecture))

@@ -1,4 +1,4 @@
-"""Segmentation models: any backbone under any decoder of segmentation-models-pytorch."""
+"""Segmentation models: any backbone under any decoder of segmentation-models-pytorch, or heads of transformers."""
 
 import inspect
 from collections.abc import Mapping
@@ -13,7 +13,8 @@ from torchvision.models.segmentation.fcn import FCNHead
 from backbones.errors import InputError
 from backbones.layers import crop_to, pad_to_multiple
 
-from ..options import nearest
+from ..options import nearest, require
+from . import heads
 from .base import BackboneLike, HoldsBackbone, make_backbone, recorded
 from .smp import Levels, named, resize
 
@@ -33,17 +34,20 @@ def build_segmenter(
     num_classes: int,
     aux: bool = False,
     **decoder_options: Any,
-) -> "Segmenter":
+) -> HoldsBackbone:
     """Build a model that labels every pixel of images of any size.
 
     Args:
         architecture: "upernet" (no padding at all), or "smp/NAME" for a decoder of segmentation-models-pytorch,
-            which sees the image padded to the multiple it needs
+            which sees the image padded to the multiple it needs; or "hf/upernet", "hf/mask2former" or
+            "hf/maskformer" of transformers, whose model is then its `hf`: the last two give classes to masks, and train
+            by their `losses`
         backbone: a name, a dict of `build_backbone` options that includes "name", or a module that returns four
             maps of strides 4, 8, 16, 32 and has timm's `feature_info`
         num_classes: number of classes, all of them mapped to a channel of the logits
         aux: add a fully convolutional head on the stride-16 map, to be trained beside the decoder
-        decoder_options: options of the smp model's decoder, such as `decoder_channels`
+        decoder_options: options of the smp model's decoder, such as `decoder_channels`, or of transformers'
+            configuration, such as `num_queries`
 
     Returns:
         a module from (B, C, H, W) to logits (B, num_classes, H, W); with `aux`, in training mode, to a pair of them
@@ -51,15 +55,16 @@ def build_segmenter(
     Raises:
         InputError: an unknown architecture or option, or a backbone whose maps do not fit
     """
-    model_class = find_architecture(architecture)
+    check_options(architecture, decoder_options)
     if num_classes < 1:
         raise InputError(f"num_classes={num_classes}: a segmenter needs at least one class")
-    known = {name: parameter.default for name, parameter in inspect.signature(model_class).parameters.items()}
-    known = {k: v for k, v in known.items() if k not in _OURS and v is not inspect.Parameter.empty}
-    for option in decoder_options:
-        if option not in known:
-            raise InputError(f"{architecture} has no option {option!r}; {nearest(option, known)}")
+    if architecture in heads.SEGMENTERS:
+        from . import hf_segmenter
 
+        body = make_backbone(backbone, architecture)
+        return hf_segmenter.build(architecture, body, num_classes, aux, decoder_options)
+    model_class = find_architecture(architecture)
+    known = _defaults(model_class)
     depth = decoder_options.get("encoder_depth", known["encoder_depth"])
     backbone = make_backbone(backbone, architecture, out_indices=tuple(range(depth - 1)))
     if aux and depth < 4:
@@ -141,8 +146,23 @@ class Segmenter(HoldsBackbone):
         return logits if padded is images else crop_to(logits, *images.shape[-2:])
 
 
+def check_options(architecture: str, options: Mapping[str, Any]) -> None:
+    """Raise InputError where `build_segmenter` would, as far as that is known without a backbone."""
+    if architecture in heads.SEGMENTERS:
+        require("a segmenter of transformers", "transformers", "transformers", "scipy")
+        from . import hf
+
+        return hf.check_options(architecture, options)
+    known = _defaults(find_architecture(architecture))
+    for option in options:
+        if option not in known:
+            raise InputError(f"{architecture} has no option {option!r}; {nearest(option, known)}")
+
+
 def map_indices(strides: Mapping[int, int], architecture: str = "upernet", **options: Any) -> list[int]:
     """Which of a backbone's maps a segmenter takes, given the stride of each by its index."""
+    if architecture in heads.SEGMENTERS:
+        return heads.map_indices(strides, architecture)
     default = inspect.signature(find_architecture(architecture)).parameters["encoder_depth"].default
     return [index for index in strides if index < options.get("encoder_depth", default) - 1]
 
@@ -152,5 +172,12 @@ def find_architecture(architecture: str) -> type[nn.Module]:
     if architecture == "smp/dpt":
         raise InputError("smp/dpt reads tokens and a class token from inside a ViT, which feature maps do not carry")
     if architecture not in ARCHITECTURES:
-        raise InputError(f"unknown architecture {architecture!r}; {nearest(architecture, ARCHITECTURES)}")
+        known = (*ARCHITECTURES, *heads.SEGMENTERS)
+        raise InputError(f"unknown architecture {architecture!r}; {nearest(architecture, known)}")
     return smp.MODEL_ARCHITECTURES_MAPPING[architecture.removeprefix("smp/")]
+
+
+def _defaults(model_class: type[nn.Module]) -> dict[str, Any]:
+    """Options of a class of smp that are the decoder's, and what they are unless given."""
+    known = {name: parameter.default for name, parameter in inspect.signature(model_class).parameters.items()}
+    return {k: v for k, v in known.items() if k not in _OURS and v is not inspect.Parameter.empty}
