@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 from backbones.backbone import Backbone
-from backbones.layers import Blocks, Layer, SpatialReductionAttention, activate, fuse, init_conv, init_linear, residual
+from backbones.layers import Blocks, Layer, SpatialReductionAttention, activate, fuse, init_conv, init_linear
 from backbones.weights import KeyLayout, split_in_proj
+
+from .pvt import Block
 
 TIMM = KeyLayout("timm", ((r"^patch_embed\.", "stages.0.embed."), (r"^(stages\.\d+)\.downsample\.", r"\1.embed.")))
 OFFICIAL = KeyLayout(
@@ -70,7 +71,14 @@ class PyramidVisionTransformerV2(Backbone):
                 Stage(
                     embed=PatchEmbed(dims[i - 1], dims[i], 3, 2) if i else PatchEmbed(self.in_chans, dims[0], 7, 4),
                     blocks=[
-                        Block(dims[i], heads[i], 0 if linear else sr_ratios[i], mlp_ratios[i], rate)
+                        Block(
+                            dims[i],
+                            PooledAttention(dims[i], heads[i])
+                            if linear
+                            else SpatialReductionAttention(dims[i], heads[i], sr_ratios[i]),
+                            Mlp(dims[i], int(dims[i] * mlp_ratios[i]), relu=linear),
+                            rate,
+                        )
                         for rate in drop_path[i]
                     ],
                     dim=dims[i],
@@ -107,22 +115,6 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
-
-
-class Block(Layer):
-    """Attention and MLP with residuals, on maps (B, H, W, C)."""
-
-    def __init__(self, dim: int, heads: int, sr_ratio: int, mlp_ratio: float, drop_path: float):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = SpatialReductionAttention(dim, heads, sr_ratio) if sr_ratio else PooledAttention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), relu=sr_ratio == 0)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = residual(x, self.drop_path(self.attn(self.norm1(x))), spare=self.fast)
-        return residual(x, self.drop_path(self.mlp(self.norm2(x))), spare=self.fast)
 
 
 class PooledAttention(SpatialReductionAttention):
