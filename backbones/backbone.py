@@ -18,6 +18,7 @@ from . import saving
 from .arguments import MOST_CHANNELS, MOST_CLASSES, OutIndices, check_count, resolve_indices
 from .errors import InputError, PluginError
 from .layers import (
+    DROPOUTS,
     Blocks,
     Layer,
     PositionBias,
@@ -29,6 +30,7 @@ from .layers import (
     init_linear,
     layer_norm_2d,
     pad_to_multiple,
+    set_dropouts,
 )
 from .specs import BackboneInfo
 from .variants import siblings
@@ -61,6 +63,8 @@ class Backbone(Layer, metaclass=_Finished):
             the last n, as in timm. Stages beyond the last one asked for are neither built nor run.
         in_chans: channels of the images; weights for RGB are adapted when they are loaded.
         drop_path_rate: stochastic depth of the last block; earlier blocks get a linear share of it.
+        attn_drop_rate, proj_drop_rate, pos_drop_rate: dropout of attention weights, of what attention and MLPs
+            yield, and of cells with their positions, in architectures that have these.
         checkpointing: recompute activations in the backward pass to save memory.
         frozen_stages: -1 freezes nothing, 0 the stem, n the stem and the first n stages.
         norm_eval: keep BatchNorm statistics fixed while training.
@@ -153,6 +157,9 @@ class Backbone(Layer, metaclass=_Finished):
         out_indices: OutIndices = None,
         in_chans: int = 3,
         drop_path_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
         checkpointing: bool = False,
         frozen_stages: int = -1,
         norm_eval: bool = False,
@@ -185,6 +192,7 @@ class Backbone(Layer, metaclass=_Finished):
 
         self.in_chans = in_chans
         self.drop_path_rate = drop_path_rate
+        self.dropouts = dict(zip(DROPOUTS, (attn_drop_rate, proj_drop_rate, pos_drop_rate), strict=True))
         self.checkpointing = checkpointing
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
@@ -437,6 +445,7 @@ class Backbone(Layer, metaclass=_Finished):
             self.norm = self.make_norm()
             self.pre_logits = self.make_pre_logits().apply(init_linear)
             self.make_head()
+        set_dropouts(self, self.dropouts)
         self.set_grad_checkpointing(self.checkpointing)
         convs = (name for name, module in self.named_modules() if isinstance(module, nn.Conv2d))
         self.pretrained_cfg["first_conv"] = next(convs, None)

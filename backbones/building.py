@@ -29,6 +29,7 @@ _NONE_IS_DEFAULT = {
 }
 # Options that change neither the channels nor the strides of a map, so that what the spec says must hold.
 _COMMON = {
+    "attn_drop_rate",
     "checkpointing",
     "drop_path_rate",
     "frozen_stages",
@@ -36,6 +37,8 @@ _COMMON = {
     "norm_eval",
     "out_indices",
     "out_norm",
+    "pos_drop_rate",
+    "proj_drop_rate",
 }
 
 

@@ -6,6 +6,7 @@ from .blocks import Blocks, residual, run_blocks
 from .cache import TableCache
 from .checkpointing import checkpoint, hold_statistics, release_statistics
 from .conv import ConvNorm, init_conv, pad_same
+from .dropout import DROPOUTS, Dropout, set_dropouts
 from .fast import FastConv, FastLinear, fuse, is_plain
 from .head import PreLogits
 from .hooks import hooks_kept
@@ -18,10 +19,12 @@ from .relative_position import DistanceBias, LogPositionBias, PositionBias, Rela
 from .window import window_partition, window_unpartition
 
 __all__ = [
+    "DROPOUTS",
     "Attention",
     "Blocks",
     "ConvNorm",
     "DistanceBias",
+    "Dropout",
     "FastConv",
     "FastLinear",
     "Layer",
@@ -58,6 +61,7 @@ __all__ = [
     "run_blocks",
     "scale_outputs",
     "scaled_attention",
+    "set_dropouts",
     "window_partition",
     "window_unpartition",
 ]

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from . import onednn
+from .dropout import Dropout
 from .inference import Layer
 
 # Attention weights, between some queries and all keys, that are held at a time: what stays in a CPU's cache.
@@ -14,17 +15,32 @@ WEIGHTS = 2**20
 MANY_WEIGHTS = 2**18
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None, fast: bool = False) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    bias: Tensor | None = None,
+    fast: bool = False,
+    dropout: float = 0.0,
+) -> Tensor:
     """Multi-head attention of queries (B, N, C) to keys and values (B, M, C); returns (B, N, C).
 
-    The heads split C evenly. `bias` is added to the logits and broadcasts to (B, heads, N, M). `fast` as a `Layer` is.
+    The heads split C evenly. `bias` is added to the logits and broadcasts to (B, heads, N, M). `fast` as a `Layer` is;
+    `dropout` is the share of attention weights to drop.
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, N, C / heads)
-    return scaled_attention(q, k, v, bias, fast=fast).transpose(1, 2).flatten(2)
+    return scaled_attention(q, k, v, bias, fast=fast, dropout=dropout).transpose(1, 2).flatten(2)
 
 
 def scaled_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None, fast: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    fast: bool = False,
+    dropout: float = 0.0,
 ) -> Tensor:
     """`scaled_dot_product_attention` of queries (B, heads, N, d) to keys (B, heads, M, d) and values (B, heads, M, e).
 
@@ -32,8 +48,8 @@ def scaled_attention(
     matrices do it in half the time, for some queries at a time. In float32, PyTorch's multiplies by MKL, and oneDNN is
     up to twice as quick; FLOP counters do not see it, so only layers that are `fast` use it.
     """
-    if not onednn.can_run(q, k) or torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    if dropout or not onednn.can_run(q, k) or torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
     if torch.compiler.is_compiling():
         if fast:
             return _compiled_attention(q, k, v, bias, scale).transpose(1, 2)
@@ -101,10 +117,13 @@ class Attention(Layer):
             raise InputError(f"attention: {heads} heads do not divide a width of {dim}")
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.attn_drop = Dropout("attn_drop_rate")
         self.proj = nn.Linear(dim, dim)
+        self.proj_drop = Dropout("proj_drop_rate")
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.proj(attend(*self.qkv(x).chunk(3, dim=-1), self.heads, bias, self.fast))
+        x = attend(*self.qkv(x).chunk(3, dim=-1), self.heads, bias, self.fast, self.attn_drop.rate)
+        return self.proj_drop(self.proj(x))
 
 
 class SpatialReductionAttention(Layer):
@@ -124,14 +143,17 @@ class SpatialReductionAttention(Layer):
         self.sr_ratio = sr_ratio
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
+        self.attn_drop = Dropout("attn_drop_rate")
         self.proj = nn.Linear(dim, dim)
+        self.proj_drop = Dropout("proj_drop_rate")
         if sr_ratio > 1:
             self.sr = nn.Conv2d(dim, dim, sr_ratio, sr_ratio)
             self.norm = nn.LayerNorm(dim, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
         k, v = self.kv(self.reduce(x).flatten(1, 2)).chunk(2, dim=-1)
-        return self.proj(attend(self.q(x).flatten(1, 2), k, v, self.heads, fast=self.fast)).reshape(x.shape)
+        y = attend(self.q(x).flatten(1, 2), k, v, self.heads, fast=self.fast, dropout=self.attn_drop.rate)
+        return self.proj_drop(self.proj(y)).reshape(x.shape)
 
     def reduce(self, x: Tensor) -> Tensor:
         """The map that keys and values come from: (B, H, W, C) -> (B, h, w, C)."""

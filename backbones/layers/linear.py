@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from .activation import activate
+from .dropout import Dropout
 from .fast import fuse
 from .inference import Layer
 
@@ -29,9 +30,11 @@ class Mlp(Layer):
         self.act = act
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
+        self.drop = Dropout("proj_drop_rate")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(activate(self.fc1(x), self.act, spare=self.fast))
+        x = activate(self.fc1(x), self.act, spare=self.fast)
+        return self.drop(self.fc2(self.drop(x)))
 
     def prepare_for_inference(self) -> nn.Module:
         self.fc1, self.act = fuse(self.fc1, self.act)

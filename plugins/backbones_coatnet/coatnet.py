@@ -13,6 +13,7 @@ from backbones.errors import InputError
 from backbones.layers import (
     Blocks,
     ConvNorm,
+    Dropout,
     Layer,
     LogPositionBias,
     MBConv,
@@ -221,7 +222,9 @@ class Attention(Layer):
         self.rel_pos = (
             LogPositionBias(self.heads, position_hidden) if position_hidden else RelativePositionBias(grid, self.heads)
         )
+        self.attn_drop = Dropout("attn_drop_rate")
         self.proj = nn.Conv2d(dim, out_chans, 1)
+        self.proj_drop = Dropout("proj_drop_rate")
 
     def forward(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
@@ -231,9 +234,10 @@ class Attention(Layer):
         if banded and self.heads * (height * width) ** 2 > (KEPT_BIAS if self.fast or x.is_cuda else WHOLE_BIAS):
             x = self._attend_by_bands(q, k, v, height, width)
         else:
-            x = scaled_attention(q, k, v, self.rel_pos(height, width).to(q.dtype), fast=self.fast)
+            bias = self.rel_pos(height, width).to(q.dtype)
+            x = scaled_attention(q, k, v, bias, fast=self.fast, dropout=self.attn_drop.rate)
         x = x.transpose(1, 2).reshape(batch, height, width, -1)
-        return self.proj(x.permute(0, 3, 1, 2))
+        return self.proj_drop(self.proj(x.permute(0, 3, 1, 2)))
 
     def _attend_by_bands(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int) -> Tensor:
         """The same, for a few rows of queries at a time, so that the bias of all cells to all is never held.
@@ -248,7 +252,8 @@ class Attention(Layer):
             bias = table[:, top : top + rows + height - 1].unfold(1, height, 1).unfold(2, width, 1)
             bias = bias.reshape(1, self.heads, -1, height * width)
             band = slice(top * width, (top + rows) * width)
-            out[:, :, band] = scaled_attention(q[:, :, band], k, v, bias, fast=self.fast)
+            part = scaled_attention(q[:, :, band], k, v, bias, fast=self.fast, dropout=self.attn_drop.rate)
+            out[:, :, band] = part
         return out
 
 
@@ -260,9 +265,10 @@ class Mlp(Layer):
         self.act = "gelu"
         self.fc1 = nn.Conv2d(dim, hidden, 1)
         self.fc2 = nn.Conv2d(hidden, dim, 1)
+        self.drop = Dropout("proj_drop_rate")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(activate(self.fc1(x), self.act, spare=self.fast))
+        return self.fc2(self.drop(activate(self.fc1(x), self.act, spare=self.fast)))
 
     def prepare_for_inference(self) -> nn.Module:
         self.fc1, self.act = fuse(self.fc1, self.act)

@@ -11,6 +11,7 @@ from backbones.backbone import Backbone
 from backbones.errors import InputError
 from backbones.layers import (
     Blocks,
+    Dropout,
     Layer,
     Mlp,
     activate,
@@ -72,7 +73,7 @@ class EdgeViT(Backbone):
         self.stages = nn.ModuleList(
             self.wanted(
                 Stage(
-                    PatchEmbed(dims[i - 1], dims[i], 2) if i else PatchEmbed(self.in_chans, dims[0], 4),
+                    PatchEmbed(dims[i - 1], dims[i], 2) if i else FirstPatchEmbed(self.in_chans, dims[0], 4),
                     [Block(dims[i], heads[i], rates[i], mlp_ratio, drop) for drop in drop_path[i]],
                 )
                 for i in range(4)
@@ -113,6 +114,17 @@ class PatchEmbed(nn.Module):
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+class FirstPatchEmbed(PatchEmbed):
+    """Those of the image; the official code drops some of them."""
+
+    def __init__(self, in_chans: int, dim: int, size: int):
+        super().__init__(in_chans, dim, size)
+        self.pos_drop = Dropout("pos_drop_rate")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pos_drop(super().forward(x))
+
+
 class Block(nn.Module):
     """Local aggregation where attention is sparse, then attention; on maps (B, C, H, W)."""
 
@@ -138,13 +150,14 @@ class LocalAggregation(Layer):
         self.act = "gelu"
         self.fc1 = NormConv(dim, hidden)
         self.fc2 = nn.Conv2d(hidden, dim, 1)
+        self.drop = Dropout("proj_drop_rate")
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         x = residual(x, self.pos_embed(x), spare=self.fast)
         x = residual(x, self.drop_path(self.conv2(self.attn(self.conv1(x)))), spare=self.fast)
-        x = residual(x, self.drop_path(self.fc2(activate(self.fc1(x), self.act, spare=self.fast))), spare=self.fast)
-        return x
+        hidden = self.drop(activate(self.fc1(x), self.act, spare=self.fast))
+        return residual(x, self.drop_path(self.drop(self.fc2(hidden))), spare=self.fast)
 
     def prepare_for_inference(self) -> nn.Module:
         self.fc1, self.act = fuse(self.fc1, self.act)
@@ -196,14 +209,17 @@ class SparseAttention(Layer):
         self.heads = heads
         self.rate = rate
         self.qkv = nn.Linear(dim, 3 * dim)
+        self.attn_drop = Dropout("attn_drop_rate")
         self.proj = nn.Linear(dim, dim)
+        self.proj_drop = Dropout("proj_drop_rate")
         if rate > 1:
             self.local_prop = nn.ConvTranspose2d(dim, dim, rate, rate, groups=dim)
             self.norm = nn.LayerNorm(dim, eps=1e-5)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        y = attend(*self.qkv(x).flatten(1, 2).chunk(3, dim=-1), self.heads, fast=self.fast).reshape(x.shape)
-        return self.proj(self.norm(self.propagate(y, height, width)) if self.rate > 1 else y)
+        qkv = self.qkv(x).flatten(1, 2).chunk(3, dim=-1)
+        y = attend(*qkv, self.heads, fast=self.fast, dropout=self.attn_drop.rate).reshape(x.shape)
+        return self.proj_drop(self.proj(self.norm(self.propagate(y, height, width)) if self.rate > 1 else y))
 
     def propagate(self, x: Tensor, height: int, width: int) -> Tensor:
         """(B, h, w, C) -> (B, height, width, C)."""

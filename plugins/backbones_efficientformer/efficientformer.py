@@ -14,6 +14,7 @@ from backbones.layers import (
     Blocks,
     ConvNorm,
     DistanceBias,
+    Dropout,
     Layer,
     Mlp,
     activate,
@@ -183,9 +184,11 @@ class ConvMlp(Layer):
         self.norm1 = nn.BatchNorm2d(hidden)
         self.fc2 = nn.Conv2d(hidden, dim, 1)
         self.norm2 = nn.BatchNorm2d(dim)
+        self.drop = Dropout("proj_drop_rate")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm2(self.fc2(activate(self.norm1(self.fc1(x)), self.act, spare=self.fast)))
+        x = activate(self.norm1(self.fc1(x)), self.act, spare=self.fast)
+        return self.drop(self.norm2(self.fc2(self.drop(x))))
 
     def prepare_for_inference(self) -> nn.Module:
         for fc, norm in (("fc1", "norm1"), ("fc2", "norm2")):
@@ -224,12 +227,15 @@ class Attention(Layer):
         self.heads = heads
         self.widths = (key_dim, key_dim, value_dim)
         self.qkv = nn.Linear(dim, heads * sum(self.widths))
+        self.attn_drop = Dropout("attn_drop_rate")
         self.proj = nn.Linear(heads * value_dim, dim)
+        self.proj_drop = Dropout("proj_drop_rate")
         self.bias = DistanceBias(7, heads)  # stride 32 at 224 x 224
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
         qkv = self.qkv(x).flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, widths)
         q, k, v = qkv.split(self.widths, dim=-1)
-        y = scaled_attention(q, k, v, self.bias(height, width).to(q.dtype), fast=self.fast)
-        return self.proj(y.transpose(1, 2).flatten(2)).reshape(x.shape)
+        bias = self.bias(height, width).to(q.dtype)
+        y = scaled_attention(q, k, v, bias, fast=self.fast, dropout=self.attn_drop.rate)
+        return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2))).reshape(x.shape)

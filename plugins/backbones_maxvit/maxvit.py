@@ -12,6 +12,7 @@ from backbones.backbone import Backbone
 from backbones.layers import (
     Blocks,
     ConvNorm,
+    Dropout,
     Layer,
     LogPositionBias,
     MBConv,
@@ -285,14 +286,16 @@ class Attention(Layer):
         self.rel_pos = (
             LogPositionBias(self.heads, position_hidden) if position_hidden else RelativePositionBias(size, self.heads)
         )
+        self.attn_drop = Dropout("attn_drop_rate")
         self.proj = nn.Linear(dim, dim)
+        self.proj_drop = Dropout("proj_drop_rate")
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         split = (self.heads, 3, HEAD_DIM) if self.heads_first else (3, self.heads, HEAD_DIM)
         qkv = self.qkv(x).unflatten(-1, split)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(3 if self.heads_first else 2))  # (..., heads, N, 32)
-        x = scaled_attention(q, k, v, bias.to(q.dtype), self.scale, self.fast)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        x = scaled_attention(q, k, v, bias.to(q.dtype), self.scale, self.fast, self.attn_drop.rate)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
 
 def cut_into_parts(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from backbones.layers import (
     ConvNorm,
+    Dropout,
     FastConv,
     FastLinear,
     Layer,
@@ -95,7 +96,9 @@ class SeparableAttention(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.qkv_proj = nn.Conv2d(dim, 1 + 2 * dim, kernel_size=1)
+        self.attn_drop = Dropout("attn_drop_rate")
         self.out_proj = nn.Conv2d(dim, dim, kernel_size=1)
+        self.proj_drop = Dropout("proj_drop_rate")
 
     def forward(self, x: Tensor) -> Tensor:
         dim = x.shape[1]
@@ -103,9 +106,9 @@ class SeparableAttention(nn.Module):
         query, key, value = qkv.split((1, dim, dim), dim=-1)
         scores = query.transpose(2, 3).flatten(1, 2).softmax(1)  # over the patches: (B, rows * columns, 2, 2, 1)
         scores = scores.unflatten(1, (qkv.shape[1], qkv.shape[3])).transpose(2, 3)
-        context = (key * scores).sum((1, 3), keepdim=True)
+        context = (key * self.attn_drop(scores)).sum((1, 3), keepdim=True)
         gated = from_patches(F.relu(value) * context)
-        return self.out_proj(gated.permute(0, 3, 1, 2))
+        return self.proj_drop(self.out_proj(gated.permute(0, 3, 1, 2)))
 
     def prepare_for_inference(self) -> nn.Module:
         return FastSeparableAttention(self) if is_plain(self.qkv_proj, nn.Conv2d) else self
@@ -159,9 +162,10 @@ class Mlp(Layer):
         self.act = "silu"
         self.fc1 = nn.Conv2d(dim, hidden, kernel_size=1)
         self.fc2 = nn.Conv2d(hidden, dim, kernel_size=1)
+        self.drop = Dropout("proj_drop_rate")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(activate(self.fc1(x), self.act, spare=self.fast))
+        return self.fc2(self.drop(activate(self.fc1(x), self.act, spare=self.fast)))
 
     def prepare_for_inference(self) -> nn.Module:
         self.fc1, self.act = fuse(self.fc1, self.act)

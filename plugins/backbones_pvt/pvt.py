@@ -14,6 +14,7 @@ from backbones.backbone import Backbone
 from backbones.errors import InputError
 from backbones.layers import (
     Blocks,
+    Dropout,
     Layer,
     Mlp,
     SpatialReductionAttention,
@@ -198,6 +199,7 @@ class Stage(Layer):
         self.grid = grid
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if token else None
         self.pos_embed = nn.Parameter(torch.zeros(1, token + math.prod(grid), dim))
+        self.pos_drop = Dropout("pos_drop_rate")
         self.blocks = Blocks(*blocks)
         self._positions = TableCache(entries=2)
 
@@ -205,9 +207,9 @@ class Stage(Layer):
         x = self.embed(x)
         x = x + self.positions(*x.shape[1:3])
         if self.cls_token is None:
-            return self.blocks(x).permute(0, 3, 1, 2)
+            return self.blocks(self.pos_drop(x)).permute(0, 3, 1, 2)
         token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
-        tokens = torch.cat((token, x.flatten(1, 2)), dim=1)
+        tokens = self.pos_drop(torch.cat((token, x.flatten(1, 2)), dim=1))
         return self.blocks(tokens[:, None])[:, 0]  # blocks take maps: these have one row
 
     def positions(self, height: int, width: int) -> Tensor:

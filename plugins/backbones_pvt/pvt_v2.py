@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.backbone import Backbone
-from backbones.layers import Blocks, Layer, SpatialReductionAttention, activate, fuse, init_conv, init_linear
+from backbones.layers import Blocks, Dropout, Layer, SpatialReductionAttention, activate, fuse, init_conv, init_linear
 from backbones.weights import KeyLayout, split_in_proj
 
 from .pvt import Block
@@ -140,13 +140,14 @@ class Mlp(Layer):
         self.fc1 = nn.Linear(dim, hidden)
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.fc2 = nn.Linear(hidden, dim)
+        self.drop = Dropout("proj_drop_rate")
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
         if self.relu:
             x = F.relu(x)
         x = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.fc2(activate(x, self.act, spare=self.fast))
+        return self.drop(self.fc2(self.drop(activate(x, self.act, spare=self.fast))))
 
     def prepare_for_inference(self) -> nn.Module:
         self.dwconv, self.act = fuse(self.dwconv, self.act)

@@ -14,6 +14,7 @@ from backbones.backbone import Backbone
 from backbones.errors import InputError
 from backbones.layers import (
     Blocks,
+    Dropout,
     Layer,
     Mlp,
     RelativePositionBias,
@@ -144,9 +145,10 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(in_chans, dim, 4, 4)
         self.norm = nn.LayerNorm(dim)
+        self.pos_drop = Dropout("pos_drop_rate")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.pos_drop(self.norm(self.proj(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
 
 
 class Stage(nn.Module):
@@ -215,7 +217,9 @@ class WindowAttention(Layer):
         self.windows = windows
         self.qkv = nn.Linear(dim, 3 * dim)
         self.bias = RelativePositionBias(windows.size, heads)
+        self.attn_drop = Dropout("attn_drop_rate")
         self.proj = nn.Linear(dim, dim)
+        self.proj_drop = Dropout("proj_drop_rate")
         self._biases = TableCache(entries=2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -225,14 +229,17 @@ class WindowAttention(Layer):
         windows = qkv.index_select(0, cut.gather).unflatten(0, (-1, cut.height * cut.width))  # (windows, N, 3 * C)
         biases = self.biases(cut).to(qkv.dtype)
         if cut.masks is None:
-            attended = attend(*windows.chunk(3, dim=-1), self.heads, biases, self.fast)
+            attended = self.attend(windows, biases)
         elif isinstance(cut.kinds, Tensor):
-            attended = attend(*windows.chunk(3, dim=-1), self.heads, biases.index_select(0, cut.kinds), self.fast)
+            attended = self.attend(windows, biases.index_select(0, cut.kinds))
         else:
-            parts = zip(windows.split(cut.kinds), biases.split(1), strict=True)
-            attended = torch.cat([attend(*part.chunk(3, dim=-1), self.heads, bias, self.fast) for part, bias in parts])
+            attended = torch.cat([*map(self.attend, windows.split(cut.kinds), biases.split(1))])
         cells = attended.flatten(0, 1).index_select(0, cut.scatter)
-        return self.proj(cells.reshape(x.shape))
+        return self.proj_drop(self.proj(cells.reshape(x.shape)))
+
+    def attend(self, windows: Tensor, bias: Tensor) -> Tensor:
+        """Attention within windows of one kind, all at once: (windows, N, 3 * C) -> (windows, N, C)."""
+        return attend(*windows.chunk(3, dim=-1), self.heads, bias, self.fast, self.attn_drop.rate)
 
     def biases(self, cut: "Cut") -> Tensor:
         """(kinds of windows, heads, N, N)."""

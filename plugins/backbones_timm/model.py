@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from backbones.backbone import Backbone
 from backbones.errors import InputError, MissingDependency
-from backbones.layers import ceil_div, crop_to, hold_statistics, hooks_kept
+from backbones.layers import DROPOUTS, ceil_div, crop_to, hold_statistics, hooks_kept
 from backbones.pyramid import Pyramid
 from backbones.weights import KeyLayout
 
@@ -35,7 +35,7 @@ _READS_FILES = re.compile(
     r"pretrained|checkpoint_|checkpoint$|filter|(^|_)(cache|cfg|dir|files?|paths?|url|hub|overlay|weights)(_|$)"
 )
 
-_BASE_OPTIONS = set(inspect.signature(Backbone.__init__).parameters) - {"self"}
+_BASE_OPTIONS = set(inspect.signature(Backbone.__init__).parameters) - {"self", *DROPOUTS}
 
 
 class TimmBackbone(Backbone):

@@ -12,6 +12,7 @@ from backbones.backbone import Backbone
 from backbones.layers import (
     Attention,
     Blocks,
+    Dropout,
     Layer,
     Mlp,
     SpatialReductionAttention,
@@ -156,9 +157,10 @@ class PatchEmbed(nn.Module):
         self.stride = stride
         self.proj = nn.Conv2d(in_chans, dim, stride, stride)
         self.norm = nn.LayerNorm(dim, eps=1e-5)
+        self.pos_drop = Dropout("pos_drop_rate")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(pad_to_multiple(x, self.stride)).permute(0, 2, 3, 1))
+        return self.pos_drop(self.norm(self.proj(pad_to_multiple(x, self.stride)).permute(0, 2, 3, 1)))
 
 
 class Block(Layer):
@@ -207,8 +209,9 @@ class WindowAttention(Attention):
         if is_exporting() or height % self.window_size or width % self.window_size:
             cells = F.pad(cells, (0, 0, 0, 1))  # the last cell is that of zeros
         windows = self.qkv(cells).index_select(0, gather).unflatten(0, (-1, self.window_size**2))
-        attended = attend(*windows.chunk(3, dim=-1), self.heads, fast=self.fast).flatten(0, 1)
-        return self.proj(attended.index_select(0, scatter)).reshape(x.shape)
+        windows = windows.chunk(3, dim=-1)
+        attended = attend(*windows, self.heads, fast=self.fast, dropout=self.attn_drop.rate).flatten(0, 1)
+        return self.proj_drop(self.proj(attended.index_select(0, scatter))).reshape(x.shape)
 
     def cut(self, *place: Any) -> tuple[Tensor, Tensor]:
         return self._cuts.get(place, lambda: _cut(*place, self.window_size))

@@ -20,6 +20,7 @@ from backbones.backbone import Backbone
 from backbones.errors import InputError, WeightsError
 from backbones.layers import (
     Attention,
+    Dropout,
     Layer,
     Mlp,
     TableCache,
@@ -197,6 +198,7 @@ class VisionTransformer(Backbone):
         positions = self.embedded_prefix + math.prod(self.grid)
         self.pos_embed = nn.Parameter(torch.empty(1, positions, dim)) if built else None
         self._positions = TableCache()
+        self.pos_drop = Dropout("pos_drop_rate")
 
         drop_path = self.drop_path_rates([depth])[0]
         self.blocks = nn.ModuleList(
@@ -230,7 +232,7 @@ class VisionTransformer(Backbone):
     def forward_patches(self, x: Tensor) -> dict[int, Tensor] | Tensor:
         """What `forward_features` returns, from embedded patches (B, h, w, dim)."""
         height, width = x.shape[1:3]
-        x = self._embed(x)
+        x = self.pos_drop(self._embed(x))
         if not self.features_only:
             return self.norm(
                 run_blocks(self.blocks, x, checkpointing=self.checkpointing and self.training).flatten(1, -2)
@@ -432,7 +434,8 @@ class NormedAttention(Attention):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self.qkv(x).chunk(3, dim=-1))
         q, k = self.q_norm(q), self.k_norm(k)
-        return self.proj(attend(*(part.flatten(-2) for part in (q, k, v)), self.heads, bias, self.fast))
+        x = attend(*(part.flatten(-2) for part in (q, k, v)), self.heads, bias, self.fast, self.attn_drop.rate)
+        return self.proj_drop(self.proj(x))
 
 
 class Block(Layer):
