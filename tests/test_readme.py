@@ -33,7 +33,7 @@ def test_detector_of_the_readme_trains():
 
 
 def test_models_of_the_readme_take_any_size():
-    code = block("build_segmenter").replace("vit_base_patch16", "vit_tiny_patch16").replace("pvt_v2_b2", "pvt_v2_b0")
+    code = block("build_classifier(").replace("vit_base_patch16", "vit_tiny_patch16").replace("pvt_v2_b2", "pvt_v2_b0")
     imports, *calls = [line for line in code.splitlines() if line]
     assert len(calls) == 3
     names = {}
