@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .compiling import compile_blocks
 from .errors import InputError
-from .layers import Blocks, FastConv, FastLinear, fold_sequence, is_plain, release_statistics
+from .layers import FastConv, FastLinear, fold_sequence, is_plain, release_statistics
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -54,20 +55,6 @@ def for_inference(model: M, dtype: torch.dtype | None = None, compile: bool = Fa
     if compile:
         compile_blocks(fast)
     return fast
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """Compiles, in place, each block of a model by itself, for images of any size.
-
-    A block is what stands in a row with others of its class. State dicts and copies do not show it.
-    """
-    for module in model.children():
-        row = list(module) if isinstance(module, (nn.Sequential, nn.ModuleList)) else []
-        if isinstance(module, Blocks) or (len(row) > 1 and len({type(block) for block in row}) == 1):
-            for block in row:
-                block.compile(dynamic=True)
-        else:
-            compile_blocks(module)
 
 
 class Predicting:

@@ -1,12 +1,10 @@
 """What `backbones.for_inference` puts in the place of PyTorch's linear layers and convolutions."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import onednn
 from .activation import activate
-from .padding import is_exporting
 
 
 class FastLinear(nn.Linear):
@@ -25,7 +23,7 @@ class FastLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim > 1 and onednn.can_run(x, self.weight):
             return onednn.linear(x, self.weight, self.bias, self.act)
-        return activate(linear(x, self.weight, self.bias), self.act, spare=True)
+        return activate(super().forward(x), self.act, spare=True)
 
 
 class FastConv(nn.Conv2d):
@@ -67,17 +65,3 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     if kinds and (type(module) not in kinds or type(module.weight) is not nn.Parameter):
         return False
     return not (module._forward_hooks or module._forward_pre_hooks)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, compiled in float32 on x86 as a 1x1 convolution.
-
-    A compiler sends the one to MKL and the other to oneDNN, which takes half the time on AMD Zen 5. Rows are laid along
-    the width of a channels-last map, so that nothing is copied.
-    """
-    compiled = torch.compiler.is_compiling() and not is_exporting()
-    if not compiled or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-        return F.linear(x, weight, bias)
-    rows = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # (..., C) -> (1, C, 1, rows)
-    y = F.conv2d(rows, weight[:, :, None, None], bias)
-    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))

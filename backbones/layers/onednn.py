@@ -112,3 +112,34 @@ def _compiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | 
 @_compiled_linear.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(weight))
+
+
+@torch.library.custom_op("backbones::product", mutates_args=(), device_types="cpu")
+def learning_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer whose weight changes, for compilers, which send `F.linear` to MKL: that takes twice as long."""
+    return product(x, weight, bias)
+
+
+@learning_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    rows = grad.reshape(-1, grad.shape[-1])
+    for_x, for_weight, for_bias = ctx.needs_input_grad
+    return (
+        learning_linear(grad, weight.t().contiguous(), None) if for_x else None,
+        learning_linear(rows.t().contiguous(), x.reshape(-1, x.shape[-1]).t().contiguous(), None)
+        if for_weight
+        else None,
+        rows.sum(0) if for_bias else None,
+    )
+
+
+learning_linear.register_autograd(_backward, setup_context=_keep)

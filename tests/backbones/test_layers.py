@@ -32,6 +32,7 @@ from backbones.layers import (
     fold_norm,
     fold_norm_before,
     halve,
+    onednn,
     pad_same,
     pad_to_multiple,
     residual,
@@ -111,6 +112,18 @@ def test_fast_attention_to_many_keys_equals_pytorchs(keys):
     with torch.no_grad():
         torch.testing.assert_close(attend(q, k, v, heads=3, fast=True), attend(q, k, v, heads=3), atol=1e-5, rtol=0)
     assert torch.equal(k, before)
+
+
+@pytest.mark.skipif(not onednn.can_run(torch.zeros(1), torch.zeros(1)), reason="oneDNN has no such operators here")
+def test_a_compilers_linear_layer_equals_pytorchs_and_so_do_its_gradients():
+    x, weight, bias = (torch.randn(*size, requires_grad=True) for size in ((2, 3, 8), (5, 8), (5,)))
+    expected = F.linear(x, weight, bias)
+    result = onednn.learning_linear(x, weight, bias)
+    torch.testing.assert_close(result, expected)
+    grad = torch.randn_like(result)
+    gradients = (torch.autograd.grad(y, (x, weight, bias), grad) for y in (result, expected))
+    for ours, pytorchs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, pytorchs)
 
 
 def test_attention_names_heads_that_do_not_fit():

@@ -127,6 +127,8 @@ def _step(case: Case, model: "nn.Module", images: "Tensor") -> Callable[[], None
 def _runner(case: Case, model: "nn.Module", images: "Tensor") -> Callable[[], object]:
     import torch
 
+    from backbones.compiling import compile_blocks
+
     if case.runtime != "torch":
         return _RUNTIMES[case.runtime](case, model, images)
     dtype = getattr(torch, case.dtype)
@@ -138,7 +140,11 @@ def _runner(case: Case, model: "nn.Module", images: "Tensor") -> Callable[[], ob
         kind = dtype if case.cast else torch.float32
         anything: Any = model  # torch's own types know no memory format beside a dtype
         model, images = anything.to(kind, memory_format=layout), images.to(kind, memory_format=layout)
-    call = torch.compile(model, dynamic=False) if case.compile and not case.for_inference else model
+    call = model
+    if case.compile and case.library == "ours" and not case.for_inference:
+        compile_blocks(model)  # as `fit --model.compile true` does
+    elif case.compile and not case.for_inference:
+        call = torch.compile(model, dynamic=False)
     mixed = case.dtype != "float32" and not (case.for_inference or case.cast)
     autocast = torch.autocast(torch.device(case.device).type, dtype, enabled=mixed)
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from backbones import backbone_info
+from backbones.compiling import compile_blocks
 from backbones.errors import InputError
-from backbones.inference import compile_blocks
 from backbones.plain import json_values
 from backbones.weights import require_whole
 
