@@ -1,6 +1,7 @@
 """`backbones show KIND NAME [IMAGE]`: pictures of what a backbone does, on any backbone."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -66,21 +67,42 @@ def _add_common_arguments(parser: argparse.ArgumentParser, several: bool) -> Non
     parser.add_argument("--seed", type=int, default=0, help="of random weights and of what else is drawn")
     parser.add_argument("--device", help="cuda where there is one, else cpu")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="default NAME-KIND.png")
+    parser.add_argument("--json", type=Path, metavar="FILE.json", help="write the numbers behind the picture, too")
 
 
 def _draw(name: str, args: argparse.Namespace) -> int:
+    from ..files import whole
     from .subject import build_subjects, file_name
 
     kind = _load(name)
     out = args.out or Path(f"{file_name(args.name)}-{name}.png")
-    if not out.absolute().parent.is_dir():  # before minutes of work
-        raise InputError(f"--out={out}: there is no folder {out.absolute().parent}")
+    for option, file in (("--out", out), ("--json", args.json)):  # before minutes of work
+        if file and not file.absolute().parent.is_dir():
+            raise InputError(f"{option}={file}: there is no folder {file.absolute().parent}")
+        if file and file.is_dir():
+            raise InputError(f"{option}={file}: that is a folder; give a file")
     photos = kind.photos(args)
-    figure = kind.draw(build_subjects(args), photos, args)
+    subjects = build_subjects(args)
+    picture = kind.draw(subjects, photos, args)
     try:
-        figure.savefig(out, dpi=150)
+        picture.figure.savefig(out, dpi=150)
     except ValueError as error:  # a suffix that matplotlib does not know
         raise InputError(f"--out={out}: {str(error).splitlines()[0]}") from error
     print(out)
+    if args.json:
+        shown = getattr(args, "image", None) or []
+        numbers = {
+            "kind": name,
+            "images": [shown] if isinstance(shown, str) else shown,
+            "sizes": [list(photo.size) for photo in photos],
+            **picture.common,
+            "backbones": [
+                {"name": subject.name, "weights": subject.weights, **own}
+                for subject, own in zip(subjects, picture.numbers, strict=True)
+            ],
+        }
+        with whole(args.json) as file:
+            file.write_text(json.dumps(numbers, allow_nan=False) + "\n")
+        print(args.json)
     sys.stdout.flush()
     return 0

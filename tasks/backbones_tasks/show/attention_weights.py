@@ -1,10 +1,10 @@
-"""Attention weights of any model, fused or not, and their roll-out.
+"""Attention weights of any model, fused or not, where their cells lie, and what follows from them.
 
-Under PyTorch's plain kernel, `scaled_dot_product_attention` is made of the same operators as attention written out,
-and the softmax among them is seen, whoever calls it: no architecture has to hand its weights out.
+Under PyTorch's plain kernel, `scaled_dot_product_attention` is made of the same operators as attention written out:
+a softmax, and its product with values. These are seen whoever calls them, and `Places` knows where tokens are from: no
+architecture has to hand out its weights, or to tell how it cuts its maps.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,28 +13,43 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from backbones import Backbone
-from backbones.layers import ceil_div
 
-SOFTMAX = (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)
-#: Class, distillation and register tokens; what has more tokens beside those of a grid is no grid.
+from .grid import Grid, grid_of
+from .places import MOVES, NOWHERE, PRODUCTS, Places, middle, modules_running, tensors_in, told, varies
+
+SOFTMAX = ("_softmax", "_safe_softmax")
+#: Class, distillation and register tokens.
 LONGEST_PREFIX = 9
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Cells of an image that tokens stand for, in row-major order, after the prefix tokens."""
+class Cells:
+    """Which cells of a grid the tokens of each group stand for.
 
-    height: int
-    width: int
-    stride: int
-    prefix: int = 0
+    Args:
+        grid: over the image.
+        of: (groups, N): the cell of each token, -1 where it is from no place, or from padding.
+    """
 
-    def token(self, x: float, y: float) -> int:
-        """The token of a pixel."""
-        return self.prefix + int(y // self.stride) * self.width + int(x // self.stride)
+    grid: Grid
+    of: Tensor
+
+    @property
+    def span(self) -> tuple[int, int, int]:
+        """Rows and columns of the cells of a group, and how many rows or columns one is from the next.
+
+        Of the group that has most cells in the image, and of these one whose cells are nearest to each other.
+        """
+        inside = self.of >= 0
+        lines = self.of // self.grid.width, self.of % self.grid.width
+        far = sum(torch.where(inside, x, -1).amax(1) - torch.where(inside, x, self.of.max()).amin(1) for x in lines)
+        one = int((inside.sum(1) * (2 * self.of.max() + 2) - far).argmax())
+        rows, columns = (x[one][inside[one]].unique() for x in lines)
+        apart = max(int(x.diff().max()) if len(x) > 1 else 1 for x in (rows, columns))
+        return len(rows), len(columns), apart
 
 
 @dataclass(frozen=True)
@@ -45,7 +60,7 @@ class AttentionLayer:
         name: of the module that attends.
         groups: windows, or other groups of tokens, that attend among themselves; 1 where all tokens attend.
         heads, queries, keys: numbers of heads, and of tokens in a group.
-        grids: cells that the queries and the keys stand for; None where they are no grid over the image.
+        asking, asked: cells that the queries and the keys stand for; None where they are none of the image.
     """
 
     name: str
@@ -53,60 +68,99 @@ class AttentionLayer:
     heads: int
     queries: int
     keys: int
-    grids: tuple[Grid, Grid] | None
+    asking: Cells | None
+    asked: Cells | None
 
     @property
     def is_global(self) -> bool:
         """Whether all tokens attend to all."""
-        return self.grids is not None and self.grids[0] == self.grids[1]
+        return self.groups == 1 and self.asking is not None and _equal(self.asking, self.asked)
 
     @property
-    def window(self) -> int | None:
-        """Side of the square windows that attend among themselves; None where there are none."""
-        side = math.isqrt(self.queries)
-        return side if self.grids is None and self.queries == self.keys == side * side else None
+    def prefix(self) -> int:
+        """Tokens, class tokens as a rule, that stand before those of cells and ask, too."""
+        if self.groups > 1 or self.asking is None:
+            return 0
+        before = int((self.asking.of[0] >= 0).int().argmax())
+        return before if before <= LONGEST_PREFIX else 0
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """Rows and columns of windows whose cells attend among themselves; None where there are none."""
+        if self.groups == 1 or self.asking is None or not _equal(self.asking, self.asked):
+            return None
+        rows, columns, apart = self.asking.span
+        return None if apart > 1 else (rows, columns)
 
     def __str__(self) -> str:
+        groups = f"{self.groups} groups" if self.groups > 1 else "one group"
         if self.is_global:
             return f"all {self.queries} tokens"
-        if self.grids:
+        if self.asked is None:
+            return f"{groups} of {self.queries} tokens to {self.keys}, which are no cells of the image"
+        if self.asking is None:
+            return f"{groups} of {self.keys} tokens, asked by no cell of the image"
+        if self.groups == 1:
             return f"{self.queries} cells to {self.keys}"
         if self.window:
-            return f"{self.groups} windows of {self.window} x {self.window}"
-        groups = f"{self.groups} groups" if self.groups > 1 else "one group"
-        return f"{groups} of {self.queries} tokens to {self.keys}"
+            return f"{self.groups} windows of {self.window[0]} x {self.window[1]}"
+        own, other = (
+            f"{rows} x {columns} cells" + (f", {apart} apart" if apart > 1 else "")
+            for rows, columns, apart in (self.asking.span, self.asked.span)
+        )
+        return f"{groups} of {own}" + ("" if _equal(self.asking, self.asked) else f", to {other}")
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What a layer did with one image.
+
+    Args:
+        layer: which one.
+        weights: (groups, heads, queries, keys), which sum to 1 over the keys.
+        values: (groups, heads, keys, d), or None where weights and values are multiplied one by one.
+    """
+
+    layer: AttentionLayer
+    weights: Tensor
+    values: Tensor | None
+
+
+class Unseen(Exception):
+    """No attention was seen; the text says what could not be seen into."""
 
 
 def attention_layers(model: Backbone, images: Tensor) -> list[AttentionLayer]:
     """The attention layers in the order in which they run on one image (1, C, H, W)."""
-    size = tuple(model.pad(images).shape[-2:])
-    layers = []
-
-    def describe(index: int, name: str, calls: Sequence[Tensor]) -> None:
-        groups = sum(len(weights) for weights in calls)
-        heads, queries, keys = calls[0].shape[1:]
-        grids = None
-        if len(calls) == groups == 1:  # several calls take tokens in an order of their own
-            found = [_find_grid(n, size, model.size_divisor) for n in (queries, keys)]
-            # Queries coarser than keys are no attention between cells, nor are channels that happen to be as many.
-            grids = tuple(found) if all(found) and found[0].stride <= found[1].stride else None
-        layers.append(AttentionLayer(name, groups, heads, queries, keys, grids))
-
-    _watch(model, images, describe)
-    return layers
+    return watch(model, images, lambda index, seen: seen.layer)
 
 
-def attention_weights(model: Backbone, images: Tensor, keep: Callable[[int, Tensor], Any]) -> list[Any]:
+def watch(model: Backbone, images: Tensor, keep: Callable[[int, Attended], Any]) -> list[Any]:
     """What is kept of each layer's weights on one image (1, C, H, W).
 
     Args:
         model: in eval mode.
         images: one image.
-        keep: called with the index of a layer and its weights (groups, heads, queries, keys), which sum to 1 over the
-            keys; what it returns is kept. (All weights of a large model take gigabytes.)
+        keep: called with the index of a layer and what it did; what it returns is kept. (All weights of a large model
+            take gigabytes.)
     """
-    kept = []
-    _watch(model, images, lambda index, name, calls: kept.append(keep(index, torch.cat(list(calls)))))
+    kept: list[Any] = []
+
+    def done(seen: Attended) -> None:
+        kept.append(keep(len(kept), seen))
+
+    layers = _Layers(tuple(images.shape[-2:]), done)
+    # With autograd on, models take no short cut of inference, in which keys may come in another order.
+    with (
+        modules_running(model) as running,
+        torch.enable_grad(),
+        _plain_attention(),
+        _Attention(images, running, layers.add) as attention,
+    ):
+        model(images)
+    layers.complete()
+    if not kept:
+        raise Unseen(told(attention.lost))
     return kept
 
 
@@ -128,71 +182,192 @@ def roll_out(layers: Sequence[Tensor]) -> Tensor:
     return flow
 
 
-def unmasked(weights: Tensor) -> Tensor:
-    """Those of the windows (windows, heads, N, N) that no mask cuts in parts; all of them where a mask cuts each."""
-    whole = weights.flatten(1).amin(1) > 1e-30  # a mask of -100 leaves next to nothing
-    return weights[whole] if whole.any() else weights
+def distances(seen: Attended) -> list[float] | None:
+    """Mean attention distance of each head, in pixels: from the middle of what asks to what it attends to.
+
+    Weighted by attention and averaged over the cells that ask (Dosovitskiy et al.,
+    https://arxiv.org/abs/2010.11929, figure 7); tokens that are no cells of the image are left out at both ends. None
+    where what asks is no cell.
+    """
+    asking, asked = seen.layer.asking, seen.layer.asked
+    if asking is None or asked is None:
+        return None
+    total = torch.zeros(seen.layer.heads, dtype=torch.double, device=seen.weights.device)
+    count = 0
+    for weights, queries, keys in zip(seen.weights, asking.of, asked.of, strict=True):
+        inside, known = queries >= 0, keys >= 0
+        middles = asking.grid.middles(queries[inside]), asked.grid.middles(keys[known])
+        apart = torch.cdist(*middles, compute_mode="donot_use_mm_for_euclid_dist")
+        weights = weights[:, inside][:, :, known]
+        mean = (weights * apart).sum(-1) / weights.sum(-1).clamp(min=1e-12)
+        total += mean.double().sum(1)
+        count += int(inside.sum())
+    return (total / count).tolist()
 
 
-def by_offset(weights: Tensor) -> Tensor:
-    """Mean weight by the offset from query to key, in square windows.
+def by_offset(seen: Attended) -> Tensor:
+    """Mean weight by the offset from query to key, in cells, of a layer that attends within windows.
 
-    Args:
-        weights: (windows, heads, N, N), tokens of a window in row-major order.
+    Windows that the border of the image or a mask cuts say something else, and count only where all are cut.
 
     Returns:
-        (heads, 2 * side - 1, 2 * side - 1); offset 0 is in the middle.
+        (heads, 2 * rows - 1, 2 * columns - 1) of windows (rows, columns); offset 0 is in the middle.
     """
-    side = math.isqrt(weights.shape[-1])
-    positions = torch.arange(side, device=weights.device)
-    difference = positions - positions[:, None] + side - 1  # key minus query
-    index = difference[:, None, :, None] * (2 * side - 1) + difference[None, :, None, :]
-    index = index.reshape(-1)
-    mean = weights.mean(0).flatten(1)  # (heads, N * N)
-    total = mean.new_zeros(len(mean), (2 * side - 1) ** 2).index_add(1, index, mean)
-    count = mean.new_zeros((2 * side - 1) ** 2).index_add(0, index, torch.ones_like(mean[0]))
-    return (total / count).unflatten(1, (2 * side - 1, 2 * side - 1))
+    rows, columns = seen.layer.window
+    cells, width = seen.layer.asking.of, seen.layer.asking.grid.width
+    total = seen.weights.new_zeros(seen.layer.heads, (2 * rows - 1) * (2 * columns - 1))
+    count = torch.zeros_like(total[0])
+    whole = (cells >= 0).all(1) & (seen.weights.flatten(1).amin(1) > 1e-30)  # a mask of -100 leaves next to nothing
+    groups = whole.nonzero()[:, 0].tolist() or range(len(cells))
+    for weights, own in ((seen.weights[group], cells[group]) for group in groups):
+        inside = own >= 0
+        row, column = own[inside] // width, own[inside] % width
+        down, right = row - row[:, None], column - column[:, None]  # key minus query
+        near = (down.abs() < rows) & (right.abs() < columns)  # a cyclic shift brings both ends of a map together
+        index = ((down + rows - 1) * (2 * columns - 1) + right + columns - 1)[near]
+        total.index_add_(1, index, weights[:, inside][:, :, inside][:, near])
+        count.index_add_(0, index, torch.ones_like(index, dtype=count.dtype))
+    return (total / count.clamp(min=1)).unflatten(1, (2 * rows - 1, 2 * columns - 1))
 
 
-def _watch(model: Backbone, images: Tensor, done: Callable[[int, str, Sequence[Tensor]], None]) -> None:
-    """Runs a model; `done` gets each attention layer's index, name and weights, call by call, when it is complete."""
-    calls: list[Tensor] = []
-    owner, count = "", 0
+def _equal(a: Cells, b: Cells | None) -> bool:
+    return b is not None and a.grid == b.grid and torch.equal(a.of, b.of)
 
-    def complete() -> None:
-        nonlocal count
-        if calls:
-            done(count, owner, tuple(calls))
-            calls.clear()
-            count += 1
 
-    def see(name: str, weights: Tensor) -> None:
-        nonlocal owner
+@dataclass(frozen=True)
+class _Call:
+    """Weights (L, N, M) and values (L, M, d) of groups and heads together, places of queries (L, N) and keys (L, M)."""
+
+    weights: Tensor
+    values: Tensor | None
+    queries: Tensor
+    keys: Tensor
+
+
+class _Layers:
+    """Puts calls together into layers, and hands each on when the next one begins."""
+
+    def __init__(self, size: tuple[int, int], done: Callable[[Attended], None]):
+        self.size = size
+        self.done = done
+        self.name = ""
+        self.calls: list[_Call] = []
+
+    def add(self, name: str, call: _Call) -> None:
+        call = _by_groups(call)
         # A layer may attend in several calls, windows sorted by kind, say; it is complete when another begins.
-        if name != owner:
-            complete()
-        owner = name
-        calls.append(weights.flatten(0, -4).float())
+        if name != self.name or not all(_goes_on(call, other) for other in self.calls):
+            self.complete()
+        self.name = name
+        self.calls.append(call)
 
-    # With autograd on, models take no short cut of inference, in which keys may come in another order.
-    with _names_of_modules(model) as names, torch.enable_grad(), _plain_attention(), _Softmax(names, see):
-        model(images)
-    complete()
+    def complete(self) -> None:
+        if not self.calls:
+            return
+        weights = torch.cat([call.weights for call in self.calls])
+        values = None if self.calls[0].values is None else torch.cat([call.values for call in self.calls])
+        asking, asked = (
+            None if found is None else Cells(*found)
+            for found in (
+                grid_of(torch.cat([call.queries for call in self.calls]), self.size),
+                grid_of(torch.cat([call.keys for call in self.calls]), self.size),
+            )
+        )
+        self.calls.clear()
+        asking, asked = _without_masked(asking, asked, weights)
+        layer = AttentionLayer(self.name, *weights.shape, asking, asked)
+        self.done(Attended(layer, weights, values))
 
 
-class _Softmax(TorchDispatchMode):
-    """Sees what softmax over the last of four or more dimensions returns: (..., heads, queries, keys)."""
+def _without_masked(asking: Cells | None, asked: Cells | None, weights: Tensor) -> tuple[Cells | None, Cells | None]:
+    """Tokens that fill up a group with a copy of some cell, and are masked, are padding."""
+    if asked is None:
+        return asking, asked
+    masked = weights.sum((1, 2)) == 0
+    copies = masked & torch.isin(asked.of, asked.of[~masked])
+    if not bool(copies.any()):
+        return asking, asked
+    known = Cells(asked.grid, asked.of.masked_fill(copies, -1))
+    return known if asking is not None and _equal(asking, asked) else asking, known
 
-    def __init__(self, names: Sequence[str], see: Callable[[str, Tensor], None]):
-        super().__init__()
-        self.names = names
+
+def _goes_on(call: _Call, before: _Call) -> bool:
+    """Whether a call is of other groups of the same layer, and not of the layer's next use."""
+    if call.weights.shape[1:] != before.weights.shape[1:]:
+        return False
+    here = torch.view_as_real(call.queries).nan_to_num(nan=-1, posinf=-2)
+    there = torch.view_as_real(before.queries).nan_to_num(nan=-1, posinf=-2)
+    return not bool((here[:, None] == there).flatten(2).all(-1).any())
+
+
+def _by_groups(call: _Call) -> _Call:
+    """(groups, heads, ...): heads of a group have tokens from the same places, whichever of the two comes first."""
+    inside = call.queries.isfinite().any(1) | call.keys.isfinite().any(1)  # windows beyond the image say nothing
+    of = inside.nonzero()[:, 0] if bool(inside.any()) else torch.arange(len(inside), device=inside.device)
+    tokens = torch.view_as_real(torch.cat((call.queries, call.keys), 1)[of]).nan_to_num(nan=-1e4, posinf=-2e4)
+    _, group, count = tokens.flatten(1).mul(16).round().unique(dim=0, return_inverse=True, return_counts=True)
+    queries, keys = call.queries, call.keys
+    if bool((count != count[0]).any()):  # groups that cannot be told apart
+        queries, keys = torch.full_like(queries, NOWHERE), torch.full_like(keys, NOWHERE)
+        group, count = torch.zeros_like(group), count[:1]
+    order = of[group.argsort(stable=True)].view(len(count), -1)
+    order = order[order[:, 0].argsort()]
+    values = None if call.values is None else call.values[order]
+    return _Call(call.weights[order], values, queries[order[:, 0]], keys[order[:, 0]])
+
+
+class _Attention(Places):
+    """Sees softmax and its product with values."""
+
+    def __init__(self, images: Tensor, running: Sequence[str], see: Callable[[str, _Call], None]):
+        super().__init__(images, running)
         self.see = see
+        #: What a softmax returned, moved or not; with its weights where these are scores of cells, by one query.
+        self.shares = WeakTensorKeyDictionary()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in SOFTMAX and result.ndim >= 4 and args[1] % result.ndim == result.ndim - 1:
-            self.see(self.names[-1], result.detach())
-        return result
+    def follow(self, func: Any, name: str, args: Any, kwargs: Any, result: Any) -> None:
+        super().follow(func, name, args, kwargs, result)
+        if name in SOFTMAX:
+            self.shares[result] = self._scores(result, args[1])
+            return
+        shares = [x for x in tensors_in(args) if x in self.shares]
+        if not shares:
+            return
+        if name in MOVES or name in ("clone", "_to_copy"):
+            for moved in tensors_in(result):
+                self.shares[moved] = self.shares[shares[0]]
+        elif name in PRODUCTS:
+            a, b = args[PRODUCTS[name] :][:2]
+            if a is shares[0]:
+                self._see_product(a, b, self.known.get(a), self.known.get(b))
+            elif b is shares[0]:
+                known = (self.known.get(x) for x in (b, a))
+                self._see_product(b.mT, a.mT, *(None if x is None else x.mT for x in known))
+        elif name == "mul" and isinstance(args[1], Tensor):
+            scores, values = self.shares[shares[0]], args[1] if args[0] is shares[0] else args[0]
+            if scores is not None and values in self.known:
+                self.see(self.running[-1], scores)
+
+    def _scores(self, shares: Tensor, dim: int) -> _Call | None:
+        places = self.known.get(shares)
+        if places is None or not varies(places, dim):
+            return None
+        weights, keys = (x.detach().movedim(dim, -1).reshape(-1, x.shape[dim]) for x in (shares, places))
+        return _Call(weights[:, None].float(), None, torch.full_like(keys[:, :1], NOWHERE), keys)
+
+    def _see_product(self, weights: Tensor, values: Tensor, asking: Tensor | None, asked: Tensor | None) -> None:
+        shape = (-1, *weights.shape[-2:])
+        total = weights.sum(-1)
+        if asked is None or not bool(((total - 1).abs() < 0.01).logical_or(total == 0).all()):
+            self.lost.append(("softmax", self.running[-1]))
+            return
+        places = [
+            torch.full(x.shape[:-1], NOWHERE, device=x.device) if p is None or varies(p, -1) else middle(p, -1)[..., 0]
+            for x, p in ((weights, asking), (values, asked))
+        ]
+        queries, keys = (p.reshape(-1, p.shape[-1]) for p in places)
+        weights, values = (x.detach().float() for x in (weights, values))
+        self.see(self.running[-1], _Call(weights.reshape(shape), values.reshape(-1, *values.shape[-2:]), queries, keys))
 
 
 @contextmanager
@@ -204,38 +379,3 @@ def _plain_attention() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-
-
-@contextmanager
-def _names_of_modules(model: Backbone) -> Iterator[list[str]]:
-    """The names of the modules that are running, innermost last."""
-    running: list[str] = []
-    handles = []
-
-    def leave(*_: object) -> None:
-        running.pop()
-
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
-        handles.append(module.register_forward_hook(leave))
-    try:
-        yield running
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _find_grid(tokens: int, size: tuple[int, int], patch: int) -> Grid | None:
-    """The finest grid over an image that leaves few of the tokens over, which stand before its cells.
-
-    Where a map is reduced by a convolution that does not pad, its last cells may have no token.
-    """
-    strides = sorted({base << doublings for base in (1, patch) for doublings in range(7)})
-    for stride in strides:
-        rows, columns = (ceil_div(side, stride) for side in size)
-        prefix = tokens - rows * columns
-        if 0 <= prefix <= min(LONGEST_PREFIX, rows * columns // 4):
-            return Grid(rows, columns, stride, prefix)
-        if tokens == (size[0] // stride) * (size[1] // stride):
-            return Grid(size[0] // stride, size[1] // stride, stride)
-    return None

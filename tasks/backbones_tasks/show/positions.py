@@ -14,7 +14,7 @@ from backbones.errors import InputError
 from backbones.layers import LogPositionBias, RelativePositionBias
 
 from .attention_weights import LONGEST_PREFIX
-from .panels import set_heading, tile
+from .panels import Picture, set_heading, tile
 from .photo import Photo
 from .subject import Subject
 
@@ -32,7 +32,7 @@ def photos(args: argparse.Namespace) -> list[Photo]:
     return []
 
 
-def draw(subjects: Sequence[Subject], photos: Sequence[Photo], args: argparse.Namespace) -> Figure:
+def draw(subjects: Sequence[Subject], photos: Sequence[Photo], args: argparse.Namespace) -> Picture:
     (subject,) = subjects
     biases = relative_biases(subject.model)
     if biases:
@@ -85,7 +85,7 @@ def _grid_of(tokens: int, size: tuple[int, int]) -> tuple[int, int] | None:
     return None
 
 
-def _draw_similarities(subject: Subject, name: str, table: Tensor, grid: tuple[int, int]) -> Figure:
+def _draw_similarities(subject: Subject, name: str, table: Tensor, grid: tuple[int, int]) -> Picture:
     rows, columns = grid
     values = similarities(table).cpu().numpy()
     # A large grid has more maps than can be told apart: every nth one is shown.
@@ -107,10 +107,11 @@ def _draw_similarities(subject: Subject, name: str, table: Tensor, grid: tuple[i
     bar.set_label("cosine similarity with the position of each cell", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     axis.set_title(f"{subject.title}\n{name}: {rows} x {columns} positions, each with all others", fontsize=10)
-    return figure
+    numbers = {"table": name, "rows": rows, "columns": columns, "cosine_similarity": values.tolist()}
+    return Picture(figure, [numbers], {})
 
 
-def _draw_biases(subject: Subject, biases: dict[str, Tensor]) -> Figure:
+def _draw_biases(subject: Subject, biases: dict[str, Tensor]) -> Picture:
     limit = max(float(table.abs().max()) for table in biases.values()) or 1.0
     most = max(len(table) for table in biases.values())
     cell = min(0.8, 14 / most)
@@ -137,4 +138,5 @@ def _draw_biases(subject: Subject, biases: dict[str, Tensor]) -> Figure:
         f"{subject.title}\nrelative position bias by offset of the key from the query, a column for each head",
         size=9,
     )
-    return figure
+    numbers = {name: table.flip(1, 2).tolist() for name, table in biases.items()}
+    return Picture(figure, [{"bias_by_offset": numbers}], {})

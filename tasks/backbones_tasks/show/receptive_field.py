@@ -7,7 +7,9 @@ cell by each pixel, over images, photographs or noise.
 import argparse
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,7 +20,19 @@ from torch import Tensor
 from backbones import Backbone
 from backbones.errors import InputError
 
-from .panels import TITLE, draw_map, grid_of_panels, rows_of_panels, set_heading, shape_of
+from .panels import (
+    TITLE,
+    Ground,
+    Picture,
+    add_ground_arguments,
+    draw_borders,
+    draw_map,
+    grid_of_panels,
+    ground,
+    rows_of_panels,
+    set_heading,
+    shape_of,
+)
 from .photo import Photo, add_image_arguments, image_size, read_photo
 from .subject import Subject
 
@@ -30,6 +44,7 @@ FLOOR = -4.0  # log10 of the smallest gradient, relative to the largest, that th
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_image_arguments(parser, nargs="*", what="photographs; without any, images of noise")
+    add_ground_arguments(parser)
     parser.add_argument("--level", type=int, metavar="N", help="index of the map, as in out_indices; default: all")
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="gradients to average; default 8")
 
@@ -37,23 +52,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def photos(args: argparse.Namespace) -> list[Photo]:
     if args.samples < max(1, len(args.image)):
         raise InputError(f"--samples={args.samples} must be at least 1, and one for each image")
+    if args.overlay is not None and not args.image:
+        raise InputError("--overlay: images of noise are nothing to draw over; give a photograph")
     size = image_size(args)
     if len(args.image) > 1 and len(size) == 1:
         size = (size[0], size[0])  # gradients are averaged pixel by pixel
     return [read_photo(path, size) for path in args.image]
 
 
-def draw(subjects: Sequence[Subject], photos: Sequence[Photo], args: argparse.Namespace) -> Figure:
+def draw(subjects: Sequence[Subject], photos: Sequence[Photo], args: argparse.Namespace) -> Picture:
     size = photos[0].size if photos else (args.size[0], args.size[-1])
     fields = [_fields(subject, photos, size, args) for subject in subjects]
-    figure = (_draw_rows if args.level is None else _draw_side_by_side)(subjects, fields, size[0] / size[1])
+    numbers = [
+        [
+            {"stride": stride, "radius": {f"{share:g}": radius(field, stride, share) for share in SHARES}}
+            for stride, field in levels
+        ]
+        for levels in fields
+    ]
+    under = ground(photos[0] if photos else Photo(np.zeros((*size, 3), dtype=np.uint8)), args)
+    draw_all = _draw_rows if args.level is None else _draw_side_by_side
+    figure = draw_all(subjects, fields, numbers, under)
     what = f"{len(photos)} photographs" if len(photos) > 1 else "a photograph" if photos else "images of noise"
     set_heading(
         figure,
         f"Effective receptive field of the centre cell on {what}, {size[1]} x {size[0]}; "
         f"circles hold {' and '.join(f'{share:.0%}' for share in SHARES)} of the gradient",
     )
-    return figure
+    return Picture(figure, [{"levels": levels} for levels in numbers], {"samples": args.samples, "size": list(size)})
 
 
 def _fields(subject: Subject, photos: Sequence[Photo], size: tuple[int, int], args: argparse.Namespace) -> Levels:
@@ -68,20 +94,21 @@ def _fields(subject: Subject, photos: Sequence[Photo], size: tuple[int, int], ar
     return [(strides[level], field) for level, field in zip(levels, fields, strict=True)]
 
 
-def _draw_rows(subjects: Sequence[Subject], fields: Sequence[Levels], aspect: float) -> Figure:
-    figure, _, rows = rows_of_panels([s.title for s in subjects], max(map(len, fields)), aspect)
-    for row, levels in zip(rows, fields, strict=True):
-        for axis, (stride, field) in zip(row, levels, strict=False):
-            drawn = _draw_field(axis, field, stride)
+def _draw_rows(subjects: Sequence[Subject], fields: Sequence[Levels], numbers: Any, under: Ground) -> Figure:
+    height, width = under.photo.size
+    figure, _, rows = rows_of_panels([s.title for s in subjects], max(map(len, fields)), height / width)
+    for row, levels, told in zip(rows, fields, numbers, strict=True):
+        for axis, (stride, field), level in zip(row, levels, told, strict=False):
+            drawn = _draw_field(axis, field, stride, level, under)
         _add_bar(drawn, list(row))
     return figure
 
 
-def _draw_side_by_side(subjects: Sequence[Subject], fields: Sequence[Levels], aspect: float) -> Figure:
-    figure, axes = grid_of_panels(*shape_of(len(subjects), most=4), aspect, header=0.62)
-    for axis, subject, levels in zip(axes.flat, subjects, fields, strict=False):
-        for stride, field in levels:
-            drawn = _draw_field(axis, field, stride)
+def _draw_side_by_side(subjects: Sequence[Subject], fields: Sequence[Levels], numbers: Any, under: Ground) -> Figure:
+    height, width = under.photo.size
+    figure, axes = grid_of_panels(*shape_of(len(subjects), most=4), height / width, header=0.62)
+    for axis, subject, ((stride, field),), (level,) in zip(axes.flat, subjects, fields, numbers, strict=False):
+        drawn = _draw_field(axis, field, stride, level, under)
         axis.set_title(f"{subject.name}\n{subject.weights}\n{axis.get_title()}", fontsize=TITLE)
     _add_bar(drawn, list(axes.flat))
     return figure
@@ -143,12 +170,17 @@ def _add_bar(drawn: AxesImage, axes: list[Axes]) -> None:
     bar.ax.tick_params(labelsize=7)
 
 
-def _draw_field(axis: Axes, field: Tensor, stride: int) -> AxesImage:
-    radii = [radius(field, stride, share) for share in SHARES]
+def _draw_field(axis: Axes, field: Tensor, stride: int, level: dict[str, Any], under: Ground) -> AxesImage:
+    radii = level["radius"]
     logarithm = (field / field.max().clamp(min=1e-30)).clamp(min=1e-30).log10().numpy()
-    title = f"stride {stride}\n" + ", ".join(f"{s:.0%} in {r:.0f} px" for s, r in zip(SHARES, radii, strict=True))
-    drawn = draw_map(axis, logarithm, 1, tuple(field.shape), title, cmap="magma", vmin=FLOOR, vmax=0)
+    if under.alpha is not None:
+        logarithm = np.where(logarithm < FLOOR, np.nan, logarithm)  # the photograph is seen where there is none
+    title = f"stride {stride}\n" + ", ".join(f"{float(share):.0%} in {r:.0f} px" for share, r in radii.items())
+    style = {"cmap": "magma", "vmin": FLOOR, "vmax": 0}
+    drawn = draw_map(axis, logarithm, 1, tuple(field.shape), title, Ground(under.photo, under.alpha, False), **style)
+    if under.grid:
+        draw_borders(axis, tuple(field.shape), stride)
     y, x = centre(field, stride)
-    for r, style in zip(radii, ("-", "--"), strict=True):
-        axis.add_patch(Circle((x, y), r, fill=False, edgecolor="cyan", linewidth=1, linestyle=style))
+    for r, line in zip(radii.values(), ("-", "--"), strict=True):
+        axis.add_patch(Circle((x, y), r, fill=False, edgecolor="cyan", linewidth=1, linestyle=line))
     return drawn

@@ -6,19 +6,19 @@ compared with those of the first window at the same place of the photograph, int
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from backbones.errors import InputError
 
-from .panels import TITLE, ChannelColours, draw_map, rows_of_panels, set_heading
+from .panels import TITLE, ChannelColours, Picture, draw_map, rows_of_panels, set_heading
 from .photo import Photo, add_image_arguments, image_size, read_photo
 from .subject import Subject
 
@@ -53,48 +53,59 @@ def photos(args: argparse.Namespace) -> list[Photo]:
     return [read_photo(args.image, image_size(args))]
 
 
-def draw(subjects: Sequence[Subject], photos: Sequence[Photo], args: argparse.Namespace) -> Figure:
+def draw(subjects: Sequence[Subject], photos: Sequence[Photo], args: argparse.Namespace) -> Picture:
     (photo,) = photos
     positions = [subject.position(args.level, stride=16) for subject in subjects]
     strides = [subject.model.strides[position] for subject, position in zip(subjects, positions, strict=True)]
-    window = _window(photo, strides)
-    shifts = range(0, max(strides) + 1, max(1, max(strides) // 16))
+    window, furthest = _window(photo, strides, [s for subject in subjects for s in subject.model.strides])
+    step = max(1, max(strides) // 16)
     headings = [f"{subject.title}: stride {stride}" for subject, stride in zip(subjects, strides, strict=True)]
     figure, top, axes = rows_of_panels(headings, 5, window[0] / window[1], width=2.1, top=2.9)
-    image_axis, relative_axis, cosine_axis = top.subplots(1, 3)
+    image_axis, *curves = top.subplots(1, 4)
     _draw_windows(image_axis, photo, window, max(strides))
+    numbers = []
     for subject, position, stride, row in zip(subjects, positions, strides, axes, strict=True):
-        maps = shifted_maps(subject, photo, position, window, sorted({*shifts[: stride // shifts.step + 1], stride}))
-        changes = {shift: change(maps[0], features, shift / stride) for shift, features in maps.items()}
-        for axis, values in (
-            (relative_axis, [c.relative for c in changes.values()]),
-            (cosine_axis, [c.cosine for c in changes.values()]),
-        ):
-            axis.plot(list(changes), values, marker="o", markersize=3, label=subject.name)
-        _draw_maps(row, stride, window, maps, changes)
-    for axis, name in ((relative_axis, "relative change"), (cosine_axis, "cosine similarity")):
-        axis.set_xlabel("shift (pixels)", fontsize=8)
-        axis.set_title(f"{name} of realigned features", fontsize=TITLE)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.3)
-    relative_axis.set_ylim(bottom=0)
-    relative_axis.legend(fontsize=8)
+        levels = [i for i, s in enumerate(subject.model.strides) if s <= furthest]
+        shifts = {i: _shifts(subject.model.strides[i], step if i == position else None) for i in levels}
+        maps = shifted_maps(subject, photo, window, sorted(set().union(*shifts.values())))
+        changes = {
+            i: {s: change(maps[0][i], maps[s][i], s / subject.model.strides[i]) for s in shifts[i]} for i in levels
+        }
+        numbers.append({"levels": [_numbers(subject, i, changes[i]) for i in levels]})
+        _draw_curves(curves, subject.name, numbers[-1]["levels"], levels.index(position))
+        own = {shift: maps[shift][position] for shift in shifts[position]}
+        _draw_maps(row, stride, window, own, changes[position])
+    _finish_curves(curves)
     set_heading(
         figure, "Features when the image is shifted; their change is told for the middle (white frame), realigned"
     )
-    return figure
+    return Picture(figure, numbers, {"window": list(window)})
+
+
+def _shifts(stride: int, step: int | None) -> list[int]:
+    """Half a cell and a whole one; with a step, all between."""
+    return sorted({0, stride // 2, stride, *(range(0, stride, step) if step else ())})
+
+
+def _numbers(subject: Subject, position: int, changes: Mapping[int, Change]) -> dict[str, Any]:
+    return {
+        "level": subject.model.out_indices[position],
+        "stride": subject.model.strides[position],
+        "changes": [
+            {"shift": shift, "relative": each.relative, "cosine": each.cosine} for shift, each in changes.items()
+        ],
+    }
 
 
 def shifted_maps(
-    subject: Subject, photo: Photo, position: int, window: tuple[int, int], shifts: Sequence[int]
-) -> dict[int, Tensor]:
-    """By shift, a map (C, h, w) of the window of a photo that lies so many pixels to the right of the first."""
+    subject: Subject, photo: Photo, window: tuple[int, int], shifts: Sequence[int]
+) -> dict[int, list[Tensor]]:
+    """By shift, the maps (C, h, w) of the window of a photo that lies so many pixels to the right of the first."""
     height, width = window
-    found = {}
-    for shift in shifts:
-        part = Photo(np.ascontiguousarray(photo.pixels[:height, shift : shift + width]))
-        found[shift] = subject.maps(part)[position]
-    return found
+    return {
+        shift: subject.maps(Photo(np.ascontiguousarray(photo.pixels[:height, shift : shift + width])))
+        for shift in shifts
+    }
 
 
 def change(first: Tensor, shifted: Tensor, cells: float) -> Change:
@@ -128,18 +139,46 @@ def _middle(side: int) -> slice:
     return slice(margin, side - margin)
 
 
-def _window(photo: Photo, strides: Sequence[int]) -> tuple[int, int]:
-    """Height and width of the window: whole cells of every map, so that none is padded."""
+def _window(photo: Photo, shown: Sequence[int], strides: Sequence[int]) -> tuple[tuple[int, int], int]:
+    """Height and width of the window, whole cells of every map, so that none is padded; and the coarsest stride."""
     unit = math.lcm(32, *strides)
     height, width = photo.size
-    window = height // unit * unit, (width - max(strides)) // unit * unit
-    if min(window) < 4 * max(strides):
-        needed = -(-4 * max(strides) // unit) * unit
-        raise InputError(
-            f"the image of {height} x {width} is too small for shifts at stride {max(strides)}; "
-            f"--size {needed + unit} or more will do"
-        )
-    return window
+    for furthest in sorted({stride for stride in strides if stride >= max(shown)}, reverse=True):
+        window = height // unit * unit, (width - furthest) // unit * unit
+        if min(window) >= 4 * furthest:
+            return window, furthest
+    needed = -(-4 * max(shown) // unit) * unit
+    raise InputError(
+        f"the image of {height} x {width} is too small for shifts at stride {max(shown)}; "
+        f"--size {needed + unit} or more will do"
+    )
+
+
+def _draw_curves(curves: Sequence[Axes], name: str, levels: Sequence[dict[str, Any]], shown: int) -> None:
+    """Of the level shown, change by shift; of all levels, change by half a cell, which is the worst as a rule."""
+    relative, cosine, by_level = curves
+    changes = levels[shown]["changes"]
+    for axis, key in ((relative, "relative"), (cosine, "cosine")):
+        axis.plot([c["shift"] for c in changes], [c[key] for c in changes], marker="o", markersize=3, label=name)
+    half = [next(c for c in level["changes"] if c["shift"] == level["stride"] // 2) for level in levels]
+    by_level.plot([str(level["stride"]) for level in levels], [c["relative"] for c in half], marker="o", markersize=3)
+
+
+def _finish_curves(curves: Sequence[Axes]) -> None:
+    titles = (
+        "relative change of\nrealigned features",
+        "cosine similarity of\nrealigned features",
+        ("relative change by half a cell"),
+    )
+    for axis, title in zip(curves, titles, strict=True):
+        axis.set_xlabel("shift (pixels)", fontsize=8)
+        axis.set_title(title, fontsize=TITLE)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+    curves[2].set_xlabel("stride", fontsize=8)
+    curves[0].set_ylim(bottom=0)
+    curves[2].set_ylim(bottom=0)
+    curves[0].legend(fontsize=8)
 
 
 def _draw_windows(axis: Axes, photo: Photo, window: tuple[int, int], furthest: int) -> None:

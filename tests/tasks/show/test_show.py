@@ -5,39 +5,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
 from backbones import Backbone, backbone_info, build_backbone, wrap
 from backbones.cli import main
 from backbones.errors import InputError
-from backbones.layers import attend
 from backbones_tasks.show import build_parser
-from backbones_tasks.show.attention_weights import attention_layers, attention_weights, by_offset, roll_out, unmasked
 from backbones_tasks.show.panels import ChannelColours, tile
 from backbones_tasks.show.photo import Photo, read_photo
 from backbones_tasks.show.positions import position_tables, relative_biases, similarities
 from backbones_tasks.show.receptive_field import radius, receptive_fields
 from backbones_tasks.show.shift import change, shifted_maps
-from backbones_tasks.show.subject import Subject, build_subjects
-
-
-@pytest.fixture
-def photo(tmp_path):
-    """Smooth enough to be recognised, wide, and with nothing that repeats."""
-    rng = np.random.default_rng(0)
-    pixels = Image.fromarray(rng.integers(0, 255, (12, 18, 3), dtype=np.uint8)).resize((240, 160), Image.BICUBIC)
-    path = tmp_path / "photo.png"
-    pixels.save(path)
-    return path
-
-
-def subject_of(model, name="model"):
-    return Subject(name, model.eval().requires_grad_(False), "random weights")
-
+from backbones_tasks.show.subject import build_subjects
 
 # --- images -------------------------------------------------------------------------------------------------
 
@@ -60,7 +41,7 @@ def test_photos_are_turned_upright_and_points_of_the_file_are_found(tmp_path):
         cut.place(10, 10)
 
 
-def test_images_are_normalised_as_the_weights_were_trained():
+def test_images_are_normalised_as_the_weights_were_trained(subject_of):
     model = wrap(nn.Conv2d(3, 3, 1), [3], [1])
     model.pretrained_cfg.update(mean=(0.5, 0.5, 0.5), std=(0.25, 0.5, 1.0))
     white = Photo(np.full((4, 5, 3), 255, dtype=np.uint8))
@@ -80,133 +61,6 @@ def test_tiles_have_gaps():
     assert tiled.shape == (5, 7)
     assert tiled[0].tolist()[:3] + tiled[4].tolist()[4:] == [0, 0, 0, 3, 3, 3]
     assert np.isnan(tiled[2]).all()
-
-
-# --- attention ----------------------------------------------------------------------------------------------
-
-
-def explicit_weights(model, images):
-    """Softmax of queries and keys as each qkv layer of a plain ViT returns them."""
-    found = []
-
-    def see(module, inputs, output):
-        q, k, _ = (x.unflatten(-1, (3, -1)).transpose(1, 2) for x in output.chunk(3, dim=-1))
-        found.append((q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1))
-
-    handles = [m.register_forward_hook(see) for name, m in model.named_modules() if name.endswith("qkv")]
-    with torch.no_grad():
-        model(images)
-    for handle in handles:
-        handle.remove()
-    return found
-
-
-@pytest.mark.parametrize("foreign", [False, True])
-def test_fused_attention_weights_are_those_of_an_explicit_softmax(foreign, randomise):
-    if foreign:
-        inner = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, depth=3)
-        assert inner.blocks[0].attn.fused_attn
-        model = wrap(_Patches(inner), [192], [16])
-    else:
-        model = build_backbone("vit_tiny_patch16", depth=3, pyramid="plain")
-    randomise(model).requires_grad_(False)
-    images = torch.randn(1, 3, 64, 96)
-    kept = attention_weights(model, images, lambda index, weights: weights)
-    expected = explicit_weights(model, images)
-    assert len(kept) == len(expected) == 3
-    for ours, theirs in zip(kept, expected, strict=True):
-        assert ours.shape == (1, 3, 25, 25)
-        assert ours.std() > 1e-3
-        torch.testing.assert_close(ours, theirs)
-    layer = attention_layers(model, images)[1]
-    assert layer.name.endswith("blocks.1.attn")
-    assert layer.is_global
-    assert (layer.grids[0].height, layer.grids[0].width, layer.grids[0].stride, layer.grids[0].prefix) == (4, 6, 16, 1)
-    assert layer.grids[0].token(x=95, y=17) == 1 + 6 + 5
-
-
-class _Patches(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images):
-        height, width = (side // 16 for side in images.shape[-2:])
-        return [self.model.forward_features(images)[:, 1:].transpose(1, 2).unflatten(2, (height, width))]
-
-
-def test_nn_multihead_attention_is_seen_too():
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-
-    class Encoder(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, images):
-            tokens = F.avg_pool2d(images, 8).repeat(1, 4, 1, 1)[:, :8]
-            return [self.layer(tokens.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, tokens.shape[2:])]
-
-    model = wrap(Encoder(), [8], [8]).eval().requires_grad_(False)
-    (weights,) = attention_weights(model, torch.randn(1, 3, 32, 64), lambda index, weights: weights)
-    assert weights.shape == (1, 2, 32, 32)
-    assert torch.backends.mha.get_fastpath_enabled()  # as it was
-
-
-def test_roll_out_rows_sum_to_one_and_follow_the_attention():
-    layers = [torch.rand(5, 5).softmax(-1) for _ in range(4)]
-    torch.testing.assert_close(roll_out(layers).sum(1), torch.ones(5))
-    ahead = torch.eye(3).roll(1, dims=1)  # token i attends to i + 1 alone
-    assert roll_out([ahead, ahead]).tolist() == [[0.25, 0.5, 0.25], [0.25, 0.25, 0.5], [0.5, 0.25, 0.25]]
-    first, second = ahead, torch.eye(3)[[0, 0, 0]]  # the order of the layers matters
-    assert roll_out([first, second])[2].tolist() == [0.5, 0.25, 0.25]
-    assert roll_out([second, first])[2].tolist() != [0.5, 0.25, 0.25]
-
-
-@pytest.mark.parametrize("size", [(224, 224), (224, 280), (200, 330)])
-def test_reduced_attention_has_a_grid_for_queries_and_one_for_keys(size):
-    model = build_backbone("pvt_v2_b0").eval().requires_grad_(False)
-    first, *_, last = attention_layers(model, torch.randn(1, 3, *size))
-    queries, keys = first.grids
-    assert (queries.stride, keys.stride) == (4, 32)
-    assert (queries.height, queries.width) == tuple(-(-side // 4) for side in size)
-    assert keys.height * keys.width == first.keys
-    assert last.is_global
-    assert not first.is_global
-
-
-def test_windows_are_told_from_the_whole_image():
-    model = build_backbone("swin_tiny", out_indices=(0,)).eval().requires_grad_(False)
-    images = torch.randn(1, 3, 112, 112)
-    layers = attention_layers(model, images)
-    assert [(layer.groups, layer.window, layer.grids) for layer in layers] == [(16, 7, None)] * 2
-    plain, shifted = attention_weights(model, images, lambda index, weights: weights)
-    assert plain.shape == shifted.shape == (16, 3, 49, 49)
-    assert len(unmasked(plain)) == 16
-    assert len(unmasked(shifted)) == 9  # the last row and the last column of windows hold cells from both ends
-
-
-def test_channels_that_attend_are_taken_for_no_grid():
-    class ChannelAttention(nn.Module):
-        def forward(self, images):
-            q = F.avg_pool2d(images, 8).repeat(1, 11, 1, 1)
-            return [attend(q.flatten(2), q.flatten(2), q.flatten(2), 1).unflatten(2, q.shape[2:])]
-
-    model = wrap(ChannelAttention(), [33], [8]).eval()
-    (layer,) = attention_layers(model, torch.randn(1, 3, 64, 64))
-    assert (layer.queries, layer.keys, layer.grids, layer.window) == (33, 33, None, None)
-
-
-def test_mean_weight_by_offset():
-    weights = torch.zeros(2, 1, 9, 9)
-    for query in range(9):
-        at_the_right = query % 3 == 2
-        weights[:, 0, query, query if at_the_right else query + 1] = 1.0  # the right neighbour, if there is one
-    table = by_offset(weights)
-    assert table.shape == (1, 5, 5)
-    assert table[0, 2, 3] == 1.0
-    assert table[0, 2, 2] == pytest.approx(1 / 3)
-    assert table.sum() == pytest.approx(4 / 3)
 
 
 # --- receptive field ----------------------------------------------------------------------------------------
@@ -278,14 +132,14 @@ def test_relative_biases_are_those_that_attention_adds():
 # --- shift --------------------------------------------------------------------------------------------------
 
 
-def test_a_cnn_of_stride_4_moves_with_shifts_by_4_and_a_vit_does_not(photo, randomise):
+def test_a_cnn_of_stride_4_moves_with_shifts_by_4_and_a_vit_does_not(photo, randomise, subject_of):
     convolutions = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.GELU(), nn.Conv2d(8, 8, 3, padding=1))
     cnn = subject_of(randomise(wrap(_Maps(convolutions), [8], [4])))
     vit = subject_of(randomise(build_backbone("vit_tiny_patch16", depth=2, patch_size=4, pyramid="plain")))
     shown = read_photo(photo, (64,))
     relative = {}
     for name, subject in (("cnn", cnn), ("vit", vit)):
-        maps = shifted_maps(subject, shown, 0, (64, 64), [0, 2, 4])
+        maps = {shift: found[0] for shift, found in shifted_maps(subject, shown, (64, 64), [0, 2, 4]).items()}
         found = {shift: change(maps[0], maps[shift], shift / 4) for shift in maps}
         assert found[0].relative == 0
         assert found[0].cosine == pytest.approx(1)
@@ -312,6 +166,7 @@ def test_change_of_a_ramp_is_none_at_any_shift():
         ["attention", "vit_tiny_patch16", "PHOTO", "--size", "64", "--query", "100", "50", "--head", "1"],
         ["attention", "pvt_v2_b0", "PHOTO", "--size", "64", "--block", "0"],
         ["attention", "swin_tiny", "PHOTO", "--size", "64", "--option", "out_indices=[0]"],
+        ["attention", "mobilevit_xxs", "PHOTO", "--size", "64", "--overlay", "--grid"],
         ["receptive-field", "pvt_v2_b0", "--size", "64", "--samples", "1", "--level", "1"],
         ["receptive-field", "pvt_v2_b0", "PHOTO", "PHOTO", "--size", "64", "--samples", "2"],
         ["positions", "vit_tiny_patch16", "PHOTO"],
@@ -356,15 +211,19 @@ def test_titles_tell_whether_weights_are_random(photo, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["attention", "convnext_tiny", "PHOTO"], "has no attention between cells; ViT, .* receptive-field"),
-        (["attention", "mobilevit_xxs", "PHOTO"], "no cells of a grid over the image"),
-        (["attention", "swin_tiny", "PHOTO", "--query", "5", "5"], "attends within windows"),
+        (["attention", "convnext_tiny", "PHOTO"], "has no attention that can be seen.* receptive-field"),
+        (["attention", "mobilevitv2_050", "PHOTO", "--query", "9", "9"], "no cell of the image; leave it out"),
         (["attention", "vit_tiny_patch16", "PHOTO", "--query", "500", "5"], "outside the image"),
         (["attention", "vit_tiny_patch16", "PHOTO", "--head", "3"], "has heads 0 to 2"),
         (["attention", "vit_tiny_patch16", "PHOTO", "--block", "12"], "12 attention layers, 0 to 11"),
         (["positions", "convnext_tiny"], "no table of positions"),
         (["features", "pvt_v2_b0", "PHOTO", "--level", "4"], r"has the levels 0 \(stride 4\)"),
         (["features", "pvt_v2_b0", "PHOTO", "--channels", "64"], "channels 0 to 63"),
+        (["features", "swin_tiny", "PHOTO", "--module", "stages.0.block.1"], "did you mean stages.0.blocks.1"),
+        (["features", "pvt_v2_b0", "PHOTO", "--module", "zzz"], "no module of this name; it has stem, stages"),
+        (["features", "pvt_v2_b0", "PHOTO", "--module", "out_norms"], "does not run it"),
+        (["receptive-field", "pvt_v2_b0", "--overlay"], "nothing to draw over"),
+        (["pyramid", "pvt_v2_b0", "PHOTO", "--json", "nowhere/x.json"], "--json=nowhere/x.json: there is no folder"),
         (["shift", "pvt_v2_b0", "PHOTO", "--size", "40"], "too small for shifts at stride 16; --size 96"),
         (["pyramid", "pvt_v2_b0", "nowhere.png"], "cannot be read as an image"),
         (["pyramid", "pvt_v2_b0", "PHOTO", "--option", "in_chans=4"], "leave out in_chans=4"),
