@@ -16,18 +16,17 @@ from torch import Tensor, nn
 
 from . import saving
 from .arguments import MOST_CHANNELS, MOST_CLASSES, OutIndices, check_count, resolve_indices
+from .classifier import Classifier
 from .errors import InputError, PluginError
 from .layers import (
     DROPOUTS,
     Blocks,
-    Layer,
     PositionBias,
     RelativePositionBias,
     ceil_div,
     checkpoint,
     crop_to,
     hooks_kept,
-    init_linear,
     layer_norm_2d,
     pad_to_multiple,
     set_dropouts,
@@ -48,7 +47,7 @@ class _Finished(type):
         return model
 
 
-class Backbone(Layer, metaclass=_Finished):
+class Backbone(Classifier, metaclass=_Finished):
     """An image encoder that returns feature maps at declared strides, for any image size.
 
     An architecture sets `stem` and `stages` (NCHW in, NCHW out), one stage per entry of `strides`, and
@@ -74,7 +73,8 @@ class Backbone(Layer, metaclass=_Finished):
         features_only: False builds the published classifier instead; the forward then returns logits.
         num_classes: classes of that classifier; 0 for pooled features.
         drop_rate: dropout before the classifier.
-        global_pool: how the classifier pools; "avg" unless the architecture says more.
+        global_pool: how the classifier pools: "avg", "max", "avgmax" (their mean), "catavgmax" (both) or "" (not at
+            all); the class token, where there is one, as "token" and "both" (token and average).
 
     Raises:
         InputError: an option or an image that cannot work; it names the range that can.
@@ -129,14 +129,12 @@ class Backbone(Layer, metaclass=_Finished):
 
     key_layouts: ClassVar[tuple[KeyLayout, ...]] = ()
     own_layout: ClassVar[str] = "own"
-    new_parts: ClassVar[tuple[str, ...]] = ("head", "out_norms")
     left_out: ClassVar[tuple[str, ...]] = ()
     remedies: ClassVar[tuple[tuple[str, str, str], ...]] = ()
     weight_options: tuple[str, ...] = ()
     stem_pattern: ClassVar[str] = r"^stem"
     block_pattern: ClassVar[str] = r"^stages\.(\d+)\.blocks\.(\d+)"
     output_strides: ClassVar[tuple[int, ...]] = (32,)
-    global_pools: ClassVar[tuple[str, ...]] = ("avg",)
     overwrites: ClassVar[bool] = False
     low_precision: ClassVar[bool] = True
     size_divisor: int = 1
@@ -187,8 +185,6 @@ class Backbone(Layer, metaclass=_Finished):
                 f"{name}: out_indices chooses feature maps, and features_only=False builds a classifier; "
                 "pass one of the two"
             )
-        if global_pool not in self.global_pools:
-            raise InputError(f"{name}: global_pool={global_pool!r} is unknown; choose from {self.global_pools}")
 
         self.in_chans = in_chans
         self.drop_path_rate = drop_path_rate
@@ -202,6 +198,7 @@ class Backbone(Layer, metaclass=_Finished):
         self.num_classes = num_classes
         self.drop_rate = drop_rate
         self.global_pool = global_pool
+        self.check_pool(global_pool)
 
         self.out_indices = resolve_indices(out_indices, len(channels), name)
         if output_stride < 32:  # 32 leaves an architecture as it is, coarser maps included
@@ -271,30 +268,6 @@ class Backbone(Layer, metaclass=_Finished):
             x = self._run(stage, x)
             maps.append(x)
         return maps if self.features_only else self.norm(x)
-
-    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits (B, num_classes) of unpooled features (B, C, h, w); with `pre_logits`, what the head sees."""
-        x = self.pre_logits(features.mean((2, 3)))
-        x = nn.functional.dropout(x, self.drop_rate, self.training)
-        return x if pre_logits else self.head(x)
-
-    def get_classifier(self) -> nn.Module:
-        """The layer that yields the logits, as in timm."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier's last layer by a fresh one for `num_classes`, as in timm; 0 for none."""
-        if self.features_only:
-            raise InputError(f"{type(self).__name__}: build it with features_only=False to have a classifier")
-        if global_pool is not None and global_pool not in self.global_pools:
-            raise InputError(f"global_pool={global_pool!r} is unknown; choose from {self.global_pools}")
-        self.num_classes = num_classes
-        self.global_pool = global_pool or self.global_pool
-        like = next(self.parameters())
-        self.make_head()
-        for name, part in self.named_children():
-            if name in self.new_parts:
-                part.to(device=like.device, dtype=like.dtype).train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Turns activation checkpointing on or off, as in timm."""
@@ -390,19 +363,6 @@ class Backbone(Layer, metaclass=_Finished):
         stages: list[list[nn.Module | nn.Parameter]] = [[stage] for stage in self.stages]
         return [[self.stem], *stages]
 
-    def make_norm(self) -> nn.Module:
-        """Norm between a classifier's last stage and its pooling; none unless an architecture has one."""
-        return nn.Identity()
-
-    def make_pre_logits(self) -> nn.Module:
-        """What a classifier has between its pooling and the layer that yields logits; nothing as a rule."""
-        return nn.Identity()
-
-    def make_head(self) -> None:
-        """Sets `head`, the layer that yields logits; anew in `reset_classifier`."""
-        self.head = nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
-        self.head.apply(init_linear)
-
     def make_out_norm(self, channels: int) -> nn.Module:
         """Norm of one map for `out_norm=True`."""
         return layer_norm_2d(channels)
@@ -443,7 +403,7 @@ class Backbone(Layer, metaclass=_Finished):
                 self.feature_info.info[i]["module"] = f"out_norms.{i}"
         else:
             self.norm = self.make_norm()
-            self.pre_logits = self.make_pre_logits().apply(init_linear)
+            self.add_pre_logits()
             self.make_head()
         set_dropouts(self, self.dropouts)
         self.set_grad_checkpointing(self.checkpointing)

@@ -8,7 +8,7 @@ from .checkpointing import checkpoint, hold_statistics, release_statistics
 from .conv import ConvNorm, init_conv, pad_same
 from .dropout import DROPOUTS, Dropout, set_dropouts
 from .fast import FastConv, FastLinear, fuse, is_plain
-from .head import PreLogits
+from .head import POOLS, PreLogits, over_channels, pool
 from .hooks import hooks_kept
 from .inference import Layer, fold_norm, fold_norm_before, fold_sequence, scale_outputs
 from .linear import Mlp, init_linear
@@ -20,6 +20,7 @@ from .window import window_partition, window_unpartition
 
 __all__ = [
     "DROPOUTS",
+    "POOLS",
     "Attention",
     "Blocks",
     "ConvNorm",
@@ -54,8 +55,10 @@ __all__ = [
     "is_plain",
     "layer_norm_2d",
     "may_overwrite",
+    "over_channels",
     "pad_same",
     "pad_to_multiple",
+    "pool",
     "release_statistics",
     "residual",
     "run_blocks",

@@ -128,13 +128,21 @@ def check_classifier(build: Build) -> None:
         model: Any = build(features_only=False, num_classes=7).eval()  # returns logits, which `Backbone` cannot tell
     except InputError as error:
         raise Skipped(str(error)) from None
-    images = random_images(model, 70, 90)
+    images, first = random_images(model, 70, 90), model.global_pool
     with torch.no_grad():
         logits = model(images)
         require(logits.shape == (2, 7), f"expected logits of (2, 7), got {tuple(logits.shape)}", "")
         features = model.forward_features(images)
         again = model.forward_head(features)
         require_close(again, logits, "forward_head(forward_features(x)) differs from forward(x)")
+        for kind in filter(None, model.global_pools):
+            try:
+                model.reset_classifier(3, kind)
+            except InputError:  # a library's model, or one without a class token
+                continue
+            shape = tuple(model.forward_head(features).shape)
+            require(shape == (2, 3), f"with global_pool={kind!r}, logits are {shape}", "leave it out of global_pools")
+        model.reset_classifier(7, first)
         model.reset_classifier(3)
         shape = tuple(model(images).shape)
         require(shape == (2, 3), f"after reset_classifier(3), logits are {shape}", "")

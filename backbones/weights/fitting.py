@@ -126,6 +126,11 @@ def _fit_all(model: "Backbone", found: Recognised, own: Mapping[str, Tensor], re
         report.loaded[name] = tuple(fitted.shape)
         if fitted.shape != value.shape:
             report.resized[name] = (tuple(value.shape), tuple(fitted.shape))
+    new = (name.rpartition(".")[0] for name in report.mismatched if is_new(name, model.new_parts))
+    owners = set(filter(None, new))  # whose other tensors, such as the bias of a wider head, are of another layer, too
+    for name in [name for name in fitting if name.rpartition(".")[0] in owners]:
+        shape = tuple(fitting.pop(name).shape)
+        report.mismatched[name] = (report.loaded.pop(name), shape)
     report.missing = {
         name: tuple(value.shape)
         for name, value in own.items()

@@ -167,7 +167,7 @@ class CoAtNet(Backbone):
         self.apply(_init_weights)
 
     def make_pre_logits(self) -> nn.Module:
-        return PreLogits(self.num_features) if self.hidden_head else nn.Identity()
+        return PreLogits(self.pooled_features) if self.hidden_head else nn.Identity()
 
     def make_norm(self) -> nn.Module:
         return nn.Identity() if self.hidden_head else NORMS[self.norm_kind](self.num_features)

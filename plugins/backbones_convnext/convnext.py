@@ -97,7 +97,7 @@ class ConvNeXt(Backbone):
         self.apply(_init_weights)
 
     def make_pre_logits(self) -> nn.Module:
-        return nn.LayerNorm(self.num_features, eps=1e-6)
+        return nn.LayerNorm(self.pooled_features, eps=1e-6)
 
     def adapt_table(self, name: str, value: Tensor, checkpoint: Mapping[str, Tensor]) -> Tensor:
         if name.endswith(".gamma"):  # torchvision's is (C, 1, 1)

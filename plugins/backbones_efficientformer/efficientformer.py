@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from backbones.backbone import Backbone
 from backbones.errors import InputError
 from backbones.layers import (
+    POOLS,
     Blocks,
     ConvNorm,
     DistanceBias,
@@ -23,6 +24,7 @@ from backbones.layers import (
     init_linear,
     is_plain,
     layer_norm_2d,
+    over_channels,
     residual,
     scale_outputs,
     scaled_attention,
@@ -62,13 +64,15 @@ class EfficientFormer(Backbone):
     Args:
         dims: width of each stage.
         depths: blocks per stage.
-        attention_blocks: how many of the last stage's blocks attend instead of pooling; at least 1.
+        attention_blocks: how many of the last stage's blocks attend instead of pooling, at least 1; where it has no
+            more than these, all do.
         mlp_ratio: hidden width of the MLPs over that of the stage.
         **options: those of `backbones.Backbone`.
     """
 
     key_layouts = (TIMM, OFFICIAL)
     new_parts = ("head", "head_dist", "out_norms")
+    global_pools = POOLS
 
     def __init__(
         self,
@@ -79,8 +83,9 @@ class EfficientFormer(Backbone):
         **options: Any,
     ):
         super().__init__(channels=dims, strides=(4, 8, 16, 32), **options)
-        if not 1 <= attention_blocks <= depths[-1]:
-            raise InputError(f"attention_blocks={attention_blocks} must be from 1 to depths[-1]={depths[-1]}")
+        if attention_blocks < 1:
+            raise InputError(f"EfficientFormer: attention_blocks={attention_blocks} must be at least 1")
+        attention_blocks = min(attention_blocks, depths[-1])
         drop_path = self.drop_path_rates(depths)
         self.stem = nn.Sequential(
             ConvNorm(self.in_chans, dims[0] // 2, stride=2, act="relu", bias=True),
@@ -99,7 +104,7 @@ class EfficientFormer(Backbone):
         x = super().forward_head(features, pre_logits=True)
         if pre_logits:
             return x
-        pair = self.head(x), self.head_dist(x)
+        pair = over_channels(self.head, x), over_channels(self.head_dist, x)
         return pair if self.training else (pair[0] + pair[1]) / 2
 
     def get_classifier(self) -> tuple[nn.Module, nn.Module]:
@@ -114,7 +119,7 @@ class EfficientFormer(Backbone):
 
     def make_head(self) -> None:
         super().make_head()
-        self.head_dist = nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
+        self.head_dist = nn.Linear(self.head_hidden_size, self.num_classes) if self.num_classes else nn.Identity()
         self.head_dist.apply(init_linear)
 
 

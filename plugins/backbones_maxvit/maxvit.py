@@ -189,7 +189,7 @@ class MaxViT(Backbone):
         self.apply(_init_weights)
 
     def make_pre_logits(self) -> nn.Module:
-        return PreLogits(self.num_features, self.norm_eps) if self.hidden_head else nn.Identity()
+        return PreLogits(self.pooled_features, self.norm_eps) if self.hidden_head else nn.Identity()
 
     def make_norm(self) -> nn.Module:
         return nn.Identity() if self.hidden_head else layer_norm_2d(self.num_features, self.norm_eps)

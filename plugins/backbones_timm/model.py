@@ -104,14 +104,13 @@ class TimmBackbone(Backbone):
                 "use 'simple'"
             )
         self.output_strides = facts.output_strides
-        self.global_pools = (global_pool or "avg",)
         self.sources = sources(facts.levels, facts.blocks, pyramid) if features_only else []
         channels = [source.channels for source in self.sources] or list(facts.channels) or [1]
         super().__init__(
             channels=channels,
             strides=[source.stride for source in self.sources] or STRIDES[-len(channels) :],
             num_classes=1000 if num_classes is None else num_classes,
-            global_pool=global_pool or "avg",
+            global_pool="avg" if global_pool is None else global_pool,
             **common,
         )
         self.model_name = model_name
@@ -132,8 +131,9 @@ class TimmBackbone(Backbone):
             self._keep_maps()
         else:
             self.num_classes = getattr(self.model, "num_classes", self.num_classes)
-            pool = getattr(self.model, "global_pool", None)  # a word, or the module that pools
-            self.global_pool = str(getattr(pool, "pool_type", pool) or self.global_pool)
+            if global_pool is None:
+                pool = getattr(self.model, "global_pool", None)  # a word, or the module that pools
+                self.global_pool = str(getattr(pool, "pool_type", pool) or self.global_pool)
 
     # What the model is made of
 
@@ -143,6 +143,8 @@ class TimmBackbone(Backbone):
         rate = {"drop_path_rate": self.drop_path_rate}  # also where it is 0, for some of timm's defaults are not
         try:
             model = create(self.model_name, pad_convolutions, **options, **rate)
+        except AssertionError as error:
+            raise InputError(f"{name} cannot be built so: {error or 'timm does not say why'}") from error
         except TypeError as error:
             found = re.search(r"unexpected keyword argument(?:\(s\):)? \[?'(\w+)'", str(error))
             option = found[1] if found else ""
@@ -231,10 +233,20 @@ class TimmBackbone(Backbone):
         if self.features_only:
             raise InputError(f"timm/{self.model_name}: build it with features_only=False to have a classifier")
         like = next(self.parameters())
-        self.model.reset_classifier(num_classes, *([global_pool] if global_pool else []))
+        try:
+            self.model.reset_classifier(num_classes, *([] if global_pool is None else [global_pool]))
+        except AssertionError as error:
+            raise InputError(f"timm/{self.model_name}: global_pool={global_pool!r} is impossible: {error}") from error
         self.model.to(device=like.device, dtype=like.dtype)
         self.num_classes = num_classes
-        self.global_pool = global_pool or self.global_pool
+        self.global_pool = self.global_pool if global_pool is None else global_pool
+
+    def check_pool(self, global_pool: str) -> None:
+        """timm's models say by themselves how they pool."""
+
+    @property
+    def head_hidden_size(self) -> int:
+        return getattr(self.model, "head_hidden_size", self.num_features)
 
     def prepare_for_inference(self) -> nn.Module:
         fold_norms(self.model)

@@ -8,16 +8,17 @@ from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers import DropPath, select_adaptive_pool2d
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 from torchvision.models import get_model
+from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import Permute, StochasticDepth
 
 from backbones.backbone import Backbone
 from backbones.errors import InputError
-from backbones.layers import Blocks, fold_norm, pad_to_multiple
+from backbones.layers import POOLS, Blocks, fold_norm, over_channels, pad_to_multiple
 from backbones.weights import KeyLayout
 
 from .table import MODELS, REFUSED
@@ -40,6 +41,7 @@ class TorchvisionBackbone(Backbone):
 
     block_pattern = r"^stages\.(\d+)\.(\d+)"
     overwrites = True
+    global_pools = POOLS
 
     def __init__(
         self,
@@ -49,6 +51,8 @@ class TorchvisionBackbone(Backbone):
         **options: Any,
     ):
         family = MODELS[model].family
+        if family == "VGG":  # whose classifier reads 7 x 7 cells
+            self.global_pools = tuple(kind for kind in POOLS if kind)
         self.output_strides = MODELS[model].output_strides
         super().__init__(channels=channels, **options)
         self.model = model
@@ -70,23 +74,44 @@ class TorchvisionBackbone(Backbone):
         self.stages = nn.ModuleList(self.wanted(run(*stage) for stage in cut.stages))
         self._classifier = (cut.norm, cut.pre_logits)
         self.pool_size = cut.pool_size
+        self.hidden = None
         if not self.features_only:
-            self.num_features = cut.head.in_features
+            widths = [m.in_features // cut.pool_size**2 for m in cut.pre_logits if isinstance(m, nn.Linear)]
+            self.num_features = widths[0] if widths else cut.head.in_features
+            self.hidden = cut.head.in_features if widths else None
         self.key_layouts = (_layout(net, cut),)
 
+    @property
+    def head_hidden_size(self) -> int:
+        return self.hidden or self.pooled_features
+
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.pre_logits(F.adaptive_avg_pool2d(features, self.pool_size)).flatten(1)
+        if self.global_pool:
+            x = self.pre_logits(select_adaptive_pool2d(features, self.global_pool, self.pool_size)).flatten(1)
+        else:
+            x = features
+            for layer in self.pre_logits:  # on maps
+                if not isinstance(layer, nn.Flatten):
+                    x = over_channels(layer, x) if isinstance(layer, nn.Linear) else layer(x)
         x = F.dropout(x, self.drop_rate, self.training)
-        return x if pre_logits else self.head(x)
+        return x if pre_logits else over_channels(self.head, x)
 
     def make_norm(self) -> nn.Module:
         return nn.Sequential(*self._classifier[0])
 
     def make_pre_logits(self) -> nn.Module:
-        for module in self._classifier[1]:
-            if isinstance(module, nn.Dropout):
-                module.p = self.drop_rate
-        return nn.Sequential(*self._classifier[1])
+        layers = [*(self._classifier[1] if hasattr(self, "_classifier") else self.pre_logits)]
+        width = self.pooled_features * self.pool_size**2
+        for i, layer in enumerate(layers):
+            if isinstance(layer, nn.Dropout):
+                layer.p = self.drop_rate
+            elif isinstance(layer, LayerNorm2d) and layer.normalized_shape != (width,):
+                layers[i] = LayerNorm2d(width, eps=layer.eps)
+            elif isinstance(layer, nn.Linear):
+                if layer.in_features != width:
+                    layers[i] = nn.Linear(width, layer.out_features)
+                width = layer.out_features
+        return nn.Sequential(*layers)
 
     def prepare_for_inference(self) -> nn.Module:
         """Residual blocks name their norms by the convolution before; other blocks are sequences, which say it."""

@@ -6,7 +6,6 @@ https://arxiv.org/abs/2203.16527. Convolutional stem: Xiao et al., https://arxiv
 """
 
 import math
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -16,7 +15,6 @@ import torch
 from timm.layers import DropPath, LayerScale, resample_abs_pos_embed, to_2tuple
 from torch import Tensor, nn
 
-from backbones.backbone import Backbone
 from backbones.errors import InputError, WeightsError
 from backbones.layers import (
     Attention,
@@ -33,6 +31,8 @@ from backbones.layers import (
 )
 from backbones.pyramid import Pyramid
 from backbones.weights import KeyLayout
+
+from .classifier import TokenClassifier
 
 STRIDES = (4, 8, 16, 32)
 
@@ -77,7 +77,7 @@ DINOV2 = KeyLayout(
 )
 
 
-class VisionTransformer(Backbone):
+class VisionTransformer(TokenClassifier):
     """A plain transformer over image patches, with a pyramid of feature maps for dense tasks.
 
     Args:
@@ -105,11 +105,11 @@ class VisionTransformer(Backbone):
             Class, distillation and register tokens have no window and are left out then, as in ViTDet.
         global_blocks: with `window_size`, the blocks, counted from 0, that attend globally; the last of each
             quarter of the depth unless given.
-        global_pool: of the classifier: "token", "avg", or "both" (their concatenation).
+        global_pool: of the classifier: "token", any of `backbones.layers.POOLS` over the patches, or "both" (the
+            concatenation of token and average).
         **options: those of `backbones.Backbone`; `out_norm=True` applies the final norm before the pyramid.
     """
 
-    key_layouts = (TORCHVISION, DEIT3, DINOV2)
     own_layout = "timm"
     remedies = (
         (r"\.ls[12]\.gamma$", "layer scales", "build with init_values=1e-5"),
@@ -124,8 +124,6 @@ class VisionTransformer(Backbone):
         (r"q_bias$|v_bias$|relative_position", "of BEiT", "use timm/beit... instead"),
         (r"\.mlp\.(w\d+|fc1_g|gate)", "of SwiGLU layers", "use timm's variant instead"),
     )
-    new_parts = ("head", "head_dist", "fc_norm", "pre_logits", "pyramid", "dist_token")
-    global_pools = ("token", "avg", "both")
     #: What `pyramid` may be.
     pyramids: ClassVar[tuple[str, ...]] = ("simple", "taps", "plain")
 
@@ -159,11 +157,12 @@ class VisionTransformer(Backbone):
         if len(taps) != 4 or list(taps) != sorted(taps) or not 1 <= taps[0] <= taps[-1] <= depth:
             raise InputError(f"taps={taps} must be four ascending blocks from 1 to {depth}")
         channels, strides, taps = self.levels(pyramid, dim, patch_size, depth, taps)
+        self.class_token = class_token
+        self.distilled = distilled
         super().__init__(channels=channels, strides=strides, global_pool=global_pool, **options)
         self.num_features = dim
         self.size_divisor = patch_size
         self.pyramid_kind = pyramid
-        self.distilled = distilled
         self.no_embed_class = no_embed_class
         self.representation_size = representation_size
 
@@ -179,9 +178,6 @@ class VisionTransformer(Backbone):
                 f"window_size={window_size} leaves out the class token and serves feature maps only; "
                 "build the classifier with window_size=0"
             )
-        self.class_token = class_token
-        if not self.features_only:
-            self._check_pool(global_pool)
 
         self.patch_embed = self.make_patch_embed(dim, patch_size, conv_stem)
         self.grid = tuple(side // patch_size for side in to_2tuple(img_size))
@@ -253,38 +249,15 @@ class VisionTransformer(Backbone):
         maps = [wanted[self.taps[i]] for i in indices]
         return dict(zip(indices, maps if self.pyramid_kind == "plain" else self.pyramid(maps), strict=True))
 
-    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits (B, num_classes) of tokens; of a distilled model in training, the pair of both heads."""
-        if self.distilled:
-            pair = [self._drop(features[:, i]) for i in (0, 1)]
-            if not pre_logits:
-                pair = [self.head(pair[0]), self.head_dist(pair[1])]
-                if self.training:
-                    return tuple(pair)
-            return (pair[0] + pair[1]) / 2
-        parts = []
-        if self.global_pool in ("token", "both"):
-            parts.append(features[:, 0])
-        if self.global_pool in ("avg", "both"):
-            parts.append(features[:, self.prefix_tokens :].mean(1))
-        x = self._drop(self.pre_logits(self.fc_norm(torch.cat(parts, -1))))
-        return x if pre_logits else self.head(x)
-
-    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
-        """The layer that yields the logits; of a distilled model, both, as in timm."""
-        return (self.head, self.head_dist) if self.distilled else self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the heads' last layers by fresh ones for `num_classes`, as in timm; 0 for none."""
-        if not self.features_only:
-            self._check_pool(global_pool or self.global_pool)
-        super().reset_classifier(num_classes, global_pool)
-
     def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
         return {
             "stem": r"^cls_token|dist_token|reg_token|pos_embed|patch_embed",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
+
+    @property
+    def key_layouts(self) -> tuple[KeyLayout, ...]:
+        return tuple(map(self.norm_where_it_is, (KeyLayout(self.own_layout), TORCHVISION, DEIT3, DINOV2)))
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -315,9 +288,6 @@ class VisionTransformer(Backbone):
     ) -> nn.Module:
         """What turns images into patches (B, h, w, dim)."""
         return PatchEmbed(self.in_chans, dim, patch_size, conv_stem)
-
-    def make_norm(self) -> nn.Module:
-        return nn.LayerNorm(self.num_features, eps=1e-6)
 
     def make_out_norm(self, channels: int) -> nn.Module:
         return nn.Identity()  # the final norm stands before the pyramid
@@ -362,43 +332,6 @@ class VisionTransformer(Backbone):
             tokens = [torch.cat(tokens, dim=1) + positions[:, : self.prefix_tokens]]
             x = x + positions[:, self.prefix_tokens :]
         return torch.cat([*(t.expand(batch, -1, -1) for t in tokens), x], dim=1)
-
-    def make_head(self) -> None:
-        dim, pool, size = self.num_features, self.global_pool, self.representation_size
-        # Averages are normed after pooling, as in timm; a class token before.
-        norm = self.fc_norm if isinstance(self.norm, nn.Identity) else self.norm
-        self.norm, self.fc_norm = (nn.Identity(), norm) if pool == "avg" else (norm, nn.Identity())
-        width = 2 * dim if pool == "both" else dim
-        if size:
-            if not isinstance(self.pre_logits, nn.Sequential) or self.pre_logits.fc.in_features != width:
-                fc = nn.Linear(width, size)
-                init_linear(fc)
-                self.pre_logits = nn.Sequential(OrderedDict(fc=fc, act=nn.Tanh()))
-            width = size
-        else:
-            self.pre_logits = nn.Identity()
-        self.head = self._classifier(width)
-        if self.distilled:
-            self.head_dist = self._classifier(width)
-
-    def _check_pool(self, global_pool: str) -> None:
-        if self.distilled and (global_pool != "token" or not self.class_token):
-            raise InputError(
-                f"global_pool={global_pool!r}, class_token={self.class_token}: a distilled classifier reads the class "
-                "and distillation tokens; use global_pool='token' and class_token=True"
-            )
-        if not self.class_token and global_pool != "avg":
-            raise InputError(f"global_pool={global_pool!r} needs class_token=True; use global_pool='avg'")
-
-    def _classifier(self, width: int) -> nn.Module:
-        if not self.num_classes:
-            return nn.Identity()
-        head = nn.Linear(width, self.num_classes)
-        init_linear(head)
-        return head
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return nn.functional.dropout(x, self.drop_rate, self.training)
 
 
 class PatchEmbed(nn.Module):

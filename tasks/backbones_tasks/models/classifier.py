@@ -6,14 +6,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from backbones import Backbone, build_backbone
+from backbones import Backbone, build_backbone, layers
 from backbones.errors import InputError
 
 from ..options import nearest
 from .base import BackboneLike, HoldsBackbone, backbone_options, make_backbone, recorded
 
 #: Pooling as users call it, and as timm's classifiers do.
-POOLS = {"avg": "avg", "cls": "token", "both": "both", "max": "max"}
+POOLS = {
+    **{kind: kind for kind in ("avg", "max", "avgmax", "catavgmax", "token", "both")},
+    "cls": "token",
+}
+#: What a head of ours can do on the last map, where a published classifier cannot.
+_ON_MAPS = ("avg", "max", "avgmax", "catavgmax")
 # Options of `build_backbone` that are ours to give.
 _OURS = ("features_only", "num_classes", "drop_rate", "global_pool")
 
@@ -24,15 +29,16 @@ def build_classifier(
     """Build a model that tells the class of images of any size.
 
     A backbone by name gets the classifier that its architecture was published with, so that pretrained weights bring
-    their last layer where the number of classes is theirs. Where there is none, where the options are for feature
-    maps, for `pool="max"`, and on modules, it is a norm and a linear layer on the pooled last map.
+    their last layer where the number of classes is theirs. Where there is none, or none that pools so, where the
+    options are for feature maps, and on modules, it is a norm and a linear layer on the pooled last map.
 
     Args:
         backbone: a name, a dict of `build_backbone` options that includes "name", or a module with timm's
             `feature_info` that returns a list of maps; or a classifier of so many classes that `build_backbone` made
         num_classes: number of classes
-        pool: "avg" or "max" over the last map; "cls", the class token, or "both", token and average, of vision
-            transformers; None for what the architecture was published with
+        pool: "avg", "max", "avgmax" (their mean) or "catavgmax" (both, so that the last layer is twice as wide) over
+            the last map; "token" or "cls", the class token, or "both", token and average, of vision transformers; None
+            for what the architecture was published with
         drop_rate: dropout before the last layer
 
     Returns:
@@ -58,16 +64,18 @@ def build_classifier(
             "drop_rate and pool instead"
         )
     name = options.pop("name")
-    if pool != "max":
+    on_maps = pool in _ON_MAPS
+    try:
+        published = build_backbone(name, features_only=False, num_classes=num_classes, drop_rate=drop_rate, **options)
+    except InputError:  # no published classifier; if that is not why, the maps below are refused as well
+        if pool is not None and not on_maps:
+            raise
+    else:
         try:
-            published = build_backbone(
-                name, features_only=False, num_classes=num_classes, drop_rate=drop_rate, **options
-            )
-        except InputError:  # no published classifier; if that is not why, the maps below are refused as well
-            if pool in ("cls", "both"):
-                raise
-        else:
             return recorded(Classifier(_with_pool(published, pool)), "classification", **own)
+        except InputError:
+            if not on_maps or pool == "avg":
+                raise
     options.setdefault("out_indices", (-1,))
     return recorded(_on_module(build_backbone(name, **options), **own), "classification", **own)
 
@@ -113,13 +121,14 @@ class PooledHead(nn.Module):
     Args:
         channels: width of the map
         num_classes: number of classes
-        pool: "avg" or "max"
+        pool: one of `backbones.layers.POOLS`
         drop_rate: dropout before the last layer
     """
 
     def __init__(self, channels: int, num_classes: int, pool: str = "avg", drop_rate: float = 0.0):
         super().__init__()
         self.pool = pool
+        channels *= 2 if pool == "catavgmax" else 1
         self.norm = nn.LayerNorm(channels)
         self.drop = nn.Dropout(drop_rate)
         self.fc = nn.Linear(channels, num_classes)
@@ -127,8 +136,7 @@ class PooledHead(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        pooled = features.amax((2, 3)) if self.pool == "max" else features.mean((2, 3))
-        return self.fc(self.drop(self.norm(pooled)))
+        return self.fc(self.drop(self.norm(layers.pool(features, self.pool))))
 
     def extra_repr(self) -> str:
         return f"pool={self.pool!r}"
@@ -142,8 +150,8 @@ def _on_module(backbone: nn.Module, *, num_classes: int, pool: str | None, drop_
         return Classifier(_with_pool(backbone, pool))
     if not hasattr(backbone.feature_info, "channels") or not getattr(backbone, "features_only", True):
         raise InputError(f"{name} is a classifier already; give its name, or build it with features_only=True")
-    if pool in ("cls", "both"):
-        raise InputError(f"pool={pool!r}: {name} returns maps, which hold no class token; choose 'avg' or 'max'")
+    if pool is not None and pool not in _ON_MAPS:
+        raise InputError(f"pool={pool!r}: {name} returns maps, which hold no class token; choose from {_ON_MAPS}")
     channels = backbone.feature_info.channels()[-1]
     return Classifier(backbone, PooledHead(channels, num_classes, pool or "avg", drop_rate))
 

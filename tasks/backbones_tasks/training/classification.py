@@ -32,7 +32,8 @@ class ClassificationTask(Task):
 
     Args:
         backbone: a name, or a dict of `build_backbone` options that includes "name"
-        pool: how the last map is pooled; what the architecture was published with unless given
+        pool: over the last map, or of ViT the class token (token, cls) or both; what the architecture was published
+            with unless given
         drop_rate: dropout before the last layer
         label_smoothing: share of the target that is spread over all classes
         mixup: strength of mixing whole images, the alpha of a beta distribution; 0 is off
@@ -53,7 +54,7 @@ class ClassificationTask(Task):
     def __init__(
         self,
         backbone: str | dict[str, Any] = "pvt_v2_b0",
-        pool: Literal["avg", "max", "cls", "both"] | None = None,
+        pool: Literal["avg", "max", "avgmax", "catavgmax", "token", "cls", "both"] | None = None,
         drop_rate: float = 0.0,
         label_smoothing: float = 0.0,
         mixup: float = 0.0,

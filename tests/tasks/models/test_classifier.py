@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from timm.layers import SelectAdaptivePool2d
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn import functional as F
@@ -38,6 +39,8 @@ def tiny():
         ("pvt_v2_b0", None),
         ("pvt_v2_b0", "avg"),
         ("pvt_v2_b0", "max"),
+        ("pvt_v2_b0", "catavgmax"),
+        ("timm/pvt_v2_b0", "avgmax"),
         ("vit_tiny_patch16", "cls"),
         ("vit_tiny_patch16", "avg"),
         ("vit_tiny_patch16", "both"),
@@ -45,6 +48,7 @@ def tiny():
         ({"name": "deit_tiny_distilled_patch16", "drop_path_rate": 0.1}, None),
         (tiny, None),
         (tiny, "max"),
+        (tiny, "catavgmax"),
     ],
 )
 def test_every_image_has_logits_and_every_parameter_learns(backbone, pool):
@@ -86,10 +90,15 @@ def test_pooling_is_what_it_is_called():
     tokens = model.backbone.forward_features(images)
     joined = torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1)
     torch.testing.assert_close(model.backbone.forward_head(tokens, pre_logits=True), joined)
-    for pool, reduce in (("max", torch.amax), ("avg", torch.mean)):
+    for pool in ("avg", "max", "avgmax", "catavgmax"):
         head = PooledHead(6, 3, pool)
         x = torch.randn(2, 6, 4, 5)
-        torch.testing.assert_close(head(x), head.fc(head.norm(reduce(x, (2, 3)))))
+        pooled = SelectAdaptivePool2d(pool_type=pool, flatten=True)(x)
+        assert head.fc.in_features == pooled.shape[1]
+        torch.testing.assert_close(head(x), head.fc(head.norm(pooled)))
+        published = build_classifier(backbone="mobilevit_xxs", num_classes=5, pool=pool)
+        assert published.head is None
+        assert published.backbone.get_classifier().in_features == len(pooled[0]) * 320 // 6
     assert PooledHead(6, 3, drop_rate=0.4).drop.p == 0.4
     assert build_classifier(backbone="edgevit_xxs", num_classes=3, drop_rate=0.4).backbone.drop_rate == 0.4
 
@@ -131,8 +140,7 @@ def test_optimizer_groups_hold_every_parameter_once(pool, layer_decay):
     groups = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
     assert groups["backbone.pos_embed"]["weight_decay"] == 0
     if layer_decay:
-        head = "backbone.head.weight" if pool == "cls" else "head.fc.weight"
-        assert groups[head]["lr_scale"] == 1
+        assert groups["backbone.head.weight"]["lr_scale"] == 1
         assert groups["backbone.pos_embed"]["lr_scale"] < 0.1
 
 
@@ -142,7 +150,10 @@ def test_optimizer_groups_hold_every_parameter_once(pool, layer_decay):
         ({"num_classes": 0}, "num_classes=0"),
         ({"drop_rate": 1.0}, r"drop_rate=1\.0 must be"),
         ({"pool": "agv"}, "did you mean 'avg'"),
-        ({"pool": "cls"}, r"pool='cls' does not work with pvt/pvt_v2_b0: .* choose from \('avg',\)"),
+        (
+            {"pool": "cls"},
+            r"pool='cls' does not work with pvt/pvt_v2_b0: .*has no class token; there is 'avg', 'max'",
+        ),
         ({"backbone": {"drop_path_rate": 0.1}}, 'lack "name"'),
         ({"backbone": {"name": "pvt_v2_b0", "num_classes": 7}}, r"have num_classes, which build_classifier decides"),
         ({"backbone": {"name": "pvt_v2_b0", "drop_path_rte": 0.1}}, "did you mean 'drop_path_rate'"),
