@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from .models.classifier import build_classifier
     from .models.detector import build_detector
     from .models.multitask import build_multitask
+    from .models.panoptic import build_panoptic
     from .models.pretrained import from_pretrained
     from .models.segmenter import build_segmenter
 
@@ -14,11 +15,19 @@ _MODULES = {
     "build_classifier": "models.classifier",
     "build_detector": "models.detector",
     "build_multitask": "models.multitask",
+    "build_panoptic": "models.panoptic",
     "build_segmenter": "models.segmenter",
     "from_pretrained": "models.pretrained",
 }
 
-__all__ = ["build_classifier", "build_detector", "build_multitask", "build_segmenter", "from_pretrained"]
+__all__ = [
+    "build_classifier",
+    "build_detector",
+    "build_multitask",
+    "build_panoptic",
+    "build_segmenter",
+    "from_pretrained",
+]
 
 
 if not TYPE_CHECKING:  # to type checkers, there is what is imported above, and nothing else

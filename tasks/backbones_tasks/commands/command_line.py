@@ -172,7 +172,6 @@ class CommandLine(LightningCLI):
             trainer_defaults={
                 "max_epochs": task.epochs,
                 "precision": "bf16-mixed" if bf16 else "32-true",
-                "gradient_clip_val": 1.0,
                 "num_sanity_val_steps": 0,
                 "use_distributed_sampler": False,  # our samplers know the ranks, and carry the epoch
                 "enable_model_summary": False,
@@ -224,8 +223,9 @@ class CommandLine(LightningCLI):
             options = self.trained["hyper_parameters"]
             own = {"pretrained": False, "weights": None, "pretrained_cfg": options["backbone"]["pretrained_cfg"]}
             self.config.model.backbone = {**options["backbone"], **backbone, **own}
-            if told.model.layer_decay is None:
-                self.config.model.layer_decay = options["layer_decay"]
+            for name in ("layer_decay", "backbone_lr"):
+                if told.model[name] is None:
+                    self.config.model[name] = options[name]
         super().instantiate_classes()
         self.config = told
 

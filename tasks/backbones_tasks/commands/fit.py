@@ -96,6 +96,7 @@ def print_groups(task: Task) -> None:
         shown = _shortened([names[p] for p in group["params"]])
         print(f"{rate:9.2e}  {group['weight_decay']:5.2f}  {len(group['params']):7}  {numbers:11,}  {shown}")
     frozen = [name for parameter, name in names.items() if not parameter.requires_grad]
+    print(f"gradients are cut to a norm of {task.recipe.clip:g}, unless --trainer.gradient_clip_val says another")
     if frozen:
         print(f"{'frozen':>9}  {'':5}  {len(frozen):7}  {'':11}  {_shortened(frozen)}")
 

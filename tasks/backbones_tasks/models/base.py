@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from backbones import LoadReport, build_backbone
@@ -131,6 +132,21 @@ def backbone_options(backbone: str | Mapping[str, Any], owner: str) -> dict[str,
     if "name" not in options:
         raise InputError(f'{owner}: the backbone options {sorted(options)} lack "name"')
     return options
+
+
+def image_statistics(body: nn.Module, options: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation of the images that the backbone's weights were made for.
+
+    Raises:
+        InputError: images have other channels than the weights tell of, and the options do not
+    """
+    config = getattr(body, "pretrained_cfg", None) or {}
+    mean, std = config.get("mean", IMAGENET_DEFAULT_MEAN), config.get("std", IMAGENET_DEFAULT_STD)
+    channels = getattr(body, "in_chans", len(mean))
+    given = {"image_mean", "image_std"} <= options.keys()
+    if channels != len(mean) and not given:
+        raise InputError(f"the backbone takes images of {channels} channels: give image_mean and image_std of as many")
+    return list(mean), list(std)
 
 
 def _prefixed(path: str, pattern: Any) -> Any:

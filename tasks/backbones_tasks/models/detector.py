@@ -8,7 +8,6 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.norm_act import convert_sync_batchnorm, freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.models import detection
@@ -25,7 +24,7 @@ from backbones.errors import InputError
 
 from ..options import nearest, require
 from . import heads
-from .base import BackboneLike, Detector, backbone_options, make_backbone, recorded
+from .base import BackboneLike, Detector, backbone_options, image_statistics, make_backbone, recorded
 from .cascade import CascadeRCNN
 from .resizing import resizing
 
@@ -89,7 +88,7 @@ def build_detector(
         raise InputError(f"num_classes={num_classes}: the background counts, so that a detector has at least 2 classes")
     body = _make_body(architecture, backbone)
     if _is_hf(architecture):
-        mean, std = _statistics(body, options)
+        mean, std = image_statistics(body, options)
         statistics = {"image_mean": mean, "image_std": std}
         return _transformers().build(architecture, body, num_classes, batch_norm, **{**statistics, **options})
     if batch_norm == "frozen":
@@ -98,7 +97,7 @@ def build_detector(
         body = convert_sync_batchnorm(body)
     extra = LastLevelP6P7(fpn_channels, fpn_channels) if architecture in DENSE else LastLevelMaxPool()
     neck = FeaturePyramid(body, fpn_channels, extra, extra_levels=2 if architecture in DENSE else 1)
-    mean, std = _statistics(body, options)
+    mean, std = image_statistics(body, options)
     defaults = {"image_mean": mean, "image_std": std, "size_divisible": math.lcm(*neck.strides[: neck.maps])}
     build = _build_dense if architecture in DENSE else _build_rcnn
     model = build(architecture, neck, num_classes, **{**defaults, **options})
@@ -341,17 +340,6 @@ def _make_body(architecture: str, backbone: BackboneLike) -> nn.Module:
         return make_backbone(backbone, architecture)
     strides = backbone_info(backbone_options(backbone, architecture)["name"]).strides
     return make_backbone(backbone, architecture, out_indices=map_indices(dict(enumerate(strides)), architecture))
-
-
-def _statistics(body: nn.Module, options: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation of the images that the backbone's weights were made for."""
-    config = getattr(body, "pretrained_cfg", None) or {}
-    mean, std = config.get("mean", IMAGENET_DEFAULT_MEAN), config.get("std", IMAGENET_DEFAULT_STD)
-    channels = getattr(body, "in_chans", len(mean))
-    given = {"image_mean", "image_std"} <= options.keys()
-    if channels != len(mean) and not given:
-        raise InputError(f"the backbone takes images of {channels} channels: give image_mean and image_std of as many")
-    return list(mean), list(std)
 
 
 def _anchor_sizes(scales: Sequence[int], base: int, per_octave: int) -> list[tuple[int, ...]]:

@@ -28,8 +28,10 @@ class Head:
         defaults: options that are not transformers' defaults: what the papers train with.
         sizes: what the shorter side of images is brought to, and the most that the longer one may be.
         sees_padding: whether it is told by a mask where an image ends, so that boxes are relative to that.
+        masks: whether it gives classes to masks, so that its losses are its own.
         softmax: whether the classes of a query exclude each other, and "nothing" is the last of them.
         queries: option that says how many cells of the maps it picks, so that an image must have as many.
+        narrow: options of a head that trains fast on a CPU.
         joined: whether its class of backbone is fixed, so that ours takes its place, all maps joined to one.
         weighted: whether the losses of its parts are multiplied by their coefficients already.
     """
@@ -43,8 +45,10 @@ class Head:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     sizes: tuple[int, int] = (800, 1333)
     sees_padding: bool = True
+    masks: bool = False
     softmax: bool = False
     queries: str = ""
+    narrow: Mapping[str, Any] = field(default_factory=dict)
     joined: bool = False
     weighted: bool = False
 
@@ -74,6 +78,29 @@ def _small_dinov2(channels: list[int], strides: list[int], options: Options) -> 
     return {"backbone_config": {"model_type": "rf_detr_dinov2", "out_features": ["stage1"], **sizes}}
 
 
+_LAYER_LOSSES = {"auxiliary_loss": True}
+_NARROW_FEEDS = {"decoder_layers": 3, "encoder_ffn_dim": 256, "decoder_ffn_dim": 256}
+_NARROW_DETR = {"d_model": 128, "num_queries": 50, "encoder_layers": 3, **_NARROW_FEEDS}
+_NARROW_DAB = {"hidden_size": 128, **{name: value for name, value in _NARROW_DETR.items() if name != "d_model"}}
+_NARROW_RT = {"d_model": 128, "num_queries": 100, "encoder_hidden_dim": 128, **_NARROW_FEEDS}
+_NARROW_MASKS = {
+    "feature_size": 128,
+    "mask_feature_size": 128,
+    "hidden_dim": 128,
+    "num_queries": 50,
+    "encoder_layers": 2,
+    "decoder_layers": 4,
+    "encoder_feedforward_dim": 256,
+    "dim_feedforward": 256,
+    "train_num_points": 2048,
+}
+_NARROW_RF = {"d_model": 128, "num_queries": 50, "group_detr": 4, "decoder_ffn_dim": 256}
+
+
+def _detr(model: str, **facts: Any) -> Head:
+    return Head(model=model, **{"finest": 32, "defaults": _LAYER_LOSSES, "narrow": _NARROW_DETR, **facts})
+
+
 def _rt_detr(model: str) -> Head:
     return Head(
         model=model,
@@ -84,19 +111,23 @@ def _rt_detr(model: str) -> Head:
         sees_padding=False,
         weighted=True,
         queries="num_queries",
+        narrow=_NARROW_RT,
     )
 
 
-_LAYER_LOSSES = {"auxiliary_loss": True}
-
 DETECTORS: Mapping[str, Head] = {
-    "hf/detr": Head(model="DetrForObjectDetection", finest=32, softmax=True, defaults=_LAYER_LOSSES),
-    "hf/conditional_detr": Head(model="ConditionalDetrForObjectDetection", finest=32, defaults=_LAYER_LOSSES),
-    "hf/dab_detr": Head(model="DabDetrForObjectDetection", finest=32, defaults=_LAYER_LOSSES),
+    "hf/detr": Head(
+        model="DetrForObjectDetection", finest=32, softmax=True, defaults=_LAYER_LOSSES, narrow=_NARROW_DETR
+    ),
+    "hf/conditional_detr": Head(
+        model="ConditionalDetrForObjectDetection", finest=32, defaults=_LAYER_LOSSES, narrow=_NARROW_DETR
+    ),
+    "hf/dab_detr": Head(model="DabDetrForObjectDetection", finest=32, defaults=_LAYER_LOSSES, narrow=_NARROW_DAB),
     "hf/deformable_detr": Head(
         model="DeformableDetrForObjectDetection",
         maps=_levels,
         defaults={**_LAYER_LOSSES, "with_box_refine": True},
+        narrow=_NARROW_DETR,
     ),
     "hf/rt_detr": _rt_detr("RTDetrForObjectDetection"),
     "hf/rt_detr_v2": _rt_detr("RTDetrV2ForObjectDetection"),
@@ -108,20 +139,34 @@ DETECTORS: Mapping[str, Head] = {
         sizes=(640, 640),
         queries="num_queries",
         joined=True,
+        narrow=_NARROW_RF,
     ),
 }
 
 SEGMENTERS: Mapping[str, Head] = {
-    "hf/upernet": Head(model="UperNetForSemanticSegmentation", whole=True, finest=4),
+    "hf/upernet": Head(
+        model="UperNetForSemanticSegmentation",
+        whole=True,
+        finest=4,
+        narrow={"hidden_size": 64, "auxiliary_channels": 64},
+    ),
     "hf/mask2former": Head(
-        model="Mask2FormerForUniversalSegmentation", whole=True, finest=4, divisor=32, maps=_feature_strides
+        model="Mask2FormerForUniversalSegmentation",
+        whole=True,
+        finest=4,
+        divisor=32,
+        masks=True,
+        maps=_feature_strides,
+        narrow=_NARROW_MASKS,
     ),
     "hf/maskformer": Head(
         model="MaskFormerForInstanceSegmentation",
         whole=True,
         finest=4,
         divisor=32,
+        masks=True,
         defaults={"use_auxiliary_loss": True},
+        narrow={"decoder_config": {"model_type": "detr", **_NARROW_DETR}, "mask_feature_size": 128},
     ),
 }
 

@@ -92,7 +92,11 @@ class SetDetector(Detector):
         """Losses of the last decoder layer and of those before it, whose sum is transformers' own loss."""
         losses = {name: value for name, value in output.loss_dict.items() if name.startswith("loss_")}
         if not self.head.weighted:
-            return {name: value * self._weight(name) for name, value in losses.items()}
+            losses = {name: value * self._weight(name) for name, value in losses.items()}
+        noise = getattr(self.hf.model, "denoising_class_embed", None)
+        if noise is not None:  # unused where no image shows anything, and DDP waits for gradients of all
+            name = next(iter(losses))
+            losses[name] = losses[name] + 0 * noise.weight.sum()
         return losses
 
     def _weight(self, name: str) -> float:

@@ -1,6 +1,6 @@
 """Segmenters of transformers: classes of pixels, or of masks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,8 @@ class TransformersSegmenter(HoldsBackbone):
 
     def __init__(self, model: PreTrainedModel, head: Head, num_classes: int):
         super().__init__()
-        self.hf, self.head, self.num_classes = model, head, num_classes
+        self.hf, self.num_classes = model, num_classes
+        self.divisor, self.min_size = head.divisor, 0
         self.backbone_path = f"hf.{hf.backbone_path(model)}"
 
     if TYPE_CHECKING:  # torch says that calling a module gives Any
@@ -68,8 +69,13 @@ class MaskSegmenter(TransformersSegmenter):
     softmax the share of each. They are for labelling; training goes by `losses`.
     """
 
-    def forward(self, images: Tensor) -> Tensor:
-        padded = pad_to_multiple(images, self.head.divisor)
+    def forward(
+        self, images: Tensor, masks: Tensor | None = None, ignore_index: int = 255
+    ) -> Tensor | dict[str, Tensor]:
+        """Logits; given masks, what `losses` returns."""
+        padded = pad_to_multiple(images, self.divisor)
+        if masks is not None:
+            return self._losses(padded, masks, ignore_index)
         output = self.hf(pixel_values=padded, output_hidden_states=True)
         classes = output.class_queries_logits.float().softmax(-1)[..., :-1]
         scores = torch.einsum("bqc,bqhw->bchw", classes, output.masks_queries_logits.float().sigmoid())
@@ -86,22 +92,35 @@ class MaskSegmenter(TransformersSegmenter):
             masks: (B, H, W) of class indices; of a single class, 1 where it is and 0 where it is not.
             ignore_index: of pixels that are of no class.
         """
-        padded = pad_to_multiple(images, self.head.divisor)
+        return self(images, masks, ignore_index)  # by its call, which is what wrappers such as FSDP see
+
+    def _losses(self, padded: Tensor, masks: Tensor, ignore_index: int) -> dict[str, Tensor]:
         first = int(self.num_classes == 1)
-        labels = [[c for c in mask.unique().tolist() if first <= c != ignore_index] for mask in masks]
-        right, bottom = (padded.shape[side] - images.shape[side] for side in (-1, -2))
-        regions = [
-            F.pad(torch.stack([mask == c for c in found]).float(), (0, right, 0, bottom))
-            if found
-            else padded.new_zeros(0, *padded.shape[-2:])
-            for mask, found in zip(masks, labels, strict=True)
-        ]
-        classes = [torch.tensor(found, dtype=torch.long, device=masks.device) - first for found in labels]
-        output = self.hf(pixel_values=padded, output_auxiliary_logits=True, output_hidden_states=True)
-        earlier = output.auxiliary_logits if self.hf.config.use_auxiliary_loss else None
-        parts = (output.masks_queries_logits, output.class_queries_logits, regions, classes, earlier)
-        losses: dict[str, Tensor] = self.hf.get_loss_dict(*parts)
-        return losses
+        regions, classes = [], []
+        right, bottom = (padded.shape[side] - masks.shape[side] for side in (-1, -2))
+        for mask in masks:
+            found = [c for c in mask.unique().tolist() if first <= c != ignore_index]
+            labels = torch.tensor(found, dtype=torch.long, device=mask.device)
+            regions.append(F.pad((mask == labels[:, None, None]).to(padded.dtype), (0, right, 0, bottom)))
+            classes.append(labels - first)
+        return mask_losses(self.hf, padded, regions, classes)
+
+
+def mask_losses(
+    model: PreTrainedModel, images: Tensor, regions: Sequence[Tensor], classes: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """transformers' losses of a model that gives classes to masks, of every decoder layer.
+
+    Args:
+        model: its `get_loss_dict` weighs them.
+        images: (B, C, H, W).
+        regions, classes: of each image, masks (N, H, W) of 0 and 1, and their classes (N,).
+    """
+    output = model(pixel_values=images, output_auxiliary_logits=True, output_hidden_states=True)
+    earlier = output.auxiliary_logits if model.config.use_auxiliary_loss else None
+    said = (output.masks_queries_logits, output.class_queries_logits)
+    losses: dict[str, Tensor] = model.get_loss_dict(*said, list(regions), list(classes), earlier)
+    return losses
 
 
 def build(

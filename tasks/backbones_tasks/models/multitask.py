@@ -106,7 +106,7 @@ class MultiTaskModel(HoldsBackbone):
         for head in heads.values():
             head.inner_backbone.owner = (self,)
         self.transform = _common_transform(backbone, heads, image_size)
-        segmenters = [head for head in heads.values() if isinstance(head, segmenter.Segmenter)]
+        segmenters = [head for head in heads.values() if _is_segmenter(head)]
         self.min_size = max((head.min_size for head in segmenters), default=0)
         self.image_size = image_size
         if all(hasattr(head, "build_options") for head in heads.values()):
@@ -151,7 +151,7 @@ class MultiTaskModel(HoldsBackbone):
                 with _passing(self, [m[part] for m in maps]):
                     logits = head(pixels[part, :, :height, :width])
                 said.append(resize(logits, original) if logits.ndim == 4 else logits)
-            if isinstance(head, segmenter.Segmenter) and not isinstance(images, Tensor):
+            if _is_segmenter(head) and not isinstance(images, Tensor):
                 results[name] = [logits[0] for logits in said]
             else:
                 results[name] = torch.cat(said)
@@ -291,9 +291,13 @@ def _common_transform(
     own_size = ((), None, None) if image_size is None else ((image_size,), image_size, None)
     (min_size, max_size, fixed_size), (mean, std) = next(iter(sizes), own_size), statistics.pop()
     divisors = [t.size_divisible for t in transforms.values()]
-    divisors += [head.divisor for head in heads.values() if isinstance(head, segmenter.Segmenter)]
+    divisors += [head.divisor for head in heads.values() if _is_segmenter(head)]
     divisor = math.lcm(*divisors)
     return Resizing(min_size, max_size, list(mean), list(std), size_divisible=divisor, fixed_size=fixed_size)
+
+
+def _is_segmenter(head: nn.Module) -> bool:
+    return hasattr(head, "divisor")
 
 
 def _is_detector(head: nn.Module) -> bool:

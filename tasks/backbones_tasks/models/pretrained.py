@@ -14,6 +14,7 @@ from .base import HoldsBackbone
 from .classifier import build_classifier
 from .detector import build_detector
 from .multitask import build_multitask
+from .panoptic import build_panoptic
 from .segmenter import build_segmenter
 
 _BUILDERS: dict[str, Callable[..., HoldsBackbone]] = {
@@ -21,6 +22,7 @@ _BUILDERS: dict[str, Callable[..., HoldsBackbone]] = {
     "classification": build_classifier,
     "detection": build_detector,
     "multitask": build_multitask,
+    "panoptic": build_panoptic,
 }
 
 

@@ -21,6 +21,7 @@ _PIPELINES = {
     "segmentation": "image-segmentation",
     "classification": "image-classification",
     "detection": "object-detection",
+    "panoptic": "image-segmentation",
 }
 _LISTED = 20  # classes in a card
 
@@ -179,10 +180,13 @@ def _example(model: TaskModel, name: str) -> str:
     mean, std = ([round(float(v), 6) for v in model.inner_backbone.pretrained_cfg[k]] for k in ("mean", "std"))
     lines = ["from backbones_tasks import from_pretrained"]
     load = f"model = from_pretrained({name!r}).eval()"
-    if model.task in ("detection", "multitask"):
+    results = {
+        "detection": "# for each image: boxes (N, 4) as x0 y0 x1 y1, labels, scores, and masks if it has them",
+        "panoptic": "# for each image: segments (H, W), where i + 1 is the i-th, and its labels, scores and things",
+    }
+    if model.task in ("multitask", *results):
         call = ["results = model(images)  # images: a list of float tensors (C, H, W), RGB in 0..1"]
-        if model.task == "detection":
-            call.append("# for each image: boxes (N, 4) as x0 y0 x1 y1, labels, scores, and masks if it has them")
+        call += [results[model.task]] if model.task in results else []
     else:
         lines.append("from torchvision.transforms.v2.functional import normalize")
         shape = "(B, classes, H, W)" if model.task == "segmentation" else "(B, classes)"

@@ -14,10 +14,11 @@ from ..data import rle
 from ..data.detection import DetectionData
 from ..data.reading import in_channels, to_unit
 from ..models.detector import DENSE, MASKED, build_detector, check_options, map_indices
+from ..models.heads import DETECTORS
 from ..pictures.detection import Objects, draw_objects, save_objects
 from .coco import CocoEvaluation
 from .coco_results import CocoIds, save_coco
-from .task import Task
+from .task import SET_PREDICTION, Task
 
 SHOWN = 0.5  # least score of what pictures show, unless told
 
@@ -32,9 +33,9 @@ class DetectionTask(Task):
 
     Args:
         backbone: a name, or a dict of `build_backbone` options that includes "name"
-        detector: "faster_rcnn", "mask_rcnn", "cascade_rcnn", "retinanet" or "fcos"
-        detector_options: options of `build_detector`, such as `fpn_channels`, `min_size` or `score_thresh`; where none
-            are given, narrow heads that train fast on a CPU
+        detector: "faster_rcnn", "mask_rcnn", "cascade_rcnn", "retinanet", "fcos", or "hf/NAME" of transformers
+        detector_options: options of `build_detector`, such as `fpn_channels`, `num_queries` or `score_thresh`; where
+            none are given, narrow heads that train fast on a CPU
         image_size: longer side of the images in pixels, to which training images are brought by their augmentation,
             and others by the model; None leaves it to `min_size` and `max_size`, for all images
         **options: those of `Task`
@@ -63,6 +64,8 @@ class DetectionTask(Task):
         if detector_options is None:
             detector_options = narrow(detector)
         sizes = {"min_size": image_size, "max_size": image_size, "_skip_resize": True} if image_size else {}
+        if detector in DETECTORS:
+            self.recipe = SET_PREDICTION
         backbone = in_channels(backbone, self.reading)
         self.model = build_detector(
             detector,
@@ -175,6 +178,8 @@ class DetectionTask(Task):
 
 def narrow(detector: str) -> dict[str, Any]:
     """Options of a detector that trains fast on a CPU."""
+    if detector in DETECTORS:
+        return dict(DETECTORS[detector].narrow)
     options = {"fpn_channels": 64}
     if detector not in DENSE:
         options |= {"box_channels": 256, "box_batch_size_per_image": 64}

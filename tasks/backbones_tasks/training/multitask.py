@@ -93,6 +93,7 @@ class MultiTask(Task):
             part.__dict__["model"] = part._modules.pop("model")  # a mere reference: moved and saved once
         self.weights = {name: head.weight for name, head in read.items()}
         self.scores = (self.metric, *(f"{name}/{part.metric}" for name, part in self.parts.items()))
+        self.recipe = min((part.recipe for part in self.parts.values()), key=lambda recipe: recipe.lr)
         self.remember(backbone, image_size=image_size, facts=facts)
         self._remember_heads(heads)
 

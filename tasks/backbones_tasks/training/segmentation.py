@@ -18,13 +18,14 @@ from ..data.images import UnreadableImage, is_large
 from ..data.raster import Raster
 from ..data.reading import in_channels, to_unit
 from ..data.segmentation import SegmentationData
-from ..models.segmenter import build_segmenter, find_architecture, map_indices
+from ..models.heads import SEGMENTERS
+from ..models.segmenter import build_segmenter, check_options, map_indices
 from ..pictures.colours import index_png, overlay, palette
 from ..pictures.segmentation import save_predictions
 from .inference import MIN_WINDOW, Inference, average
 from .losses import SegmentationLoss, balanced_weights
 from .sliding import slide
-from .task import Normalise, Task
+from .task import SET_PREDICTION, Normalise, Task
 
 AUX_WEIGHT = 0.4  # as in PSPNet and in mmsegmentation's UPerNet
 REST = "the rest"  # what a pixel is that is not of the only class
@@ -41,8 +42,10 @@ class SegmentationTask(Task):
 
     Args:
         backbone: a name, or a dict of `build_backbone` options that includes "name"
-        decoder: "upernet" or "smp/NAME"
-        decoder_options: options of the decoder, such as `decoder_channels`; 64 of these in UPerNet where none are given
+        decoder: "upernet", "smp/NAME", or "hf/NAME" of transformers; those that give classes to masks have losses of
+            their own, and `loss` is then only what is told of validation images
+        decoder_options: options of the decoder, such as `decoder_channels`; where none are given, 64 of these in
+            UPerNet, and narrow heads of transformers
         aux: train a fully convolutional head on the stride-16 map as well
         loss: a sum of ce (cross-entropy), ohem (cross-entropy of the hard pixels), dice, focal and lovasz, such as
             "ce+dice" or "ohem+0.5*lovasz"
@@ -79,6 +82,10 @@ class SegmentationTask(Task):
         super().__init__(**options)
         if decoder_options is None:
             decoder_options = {"decoder_channels": 64} if decoder == "upernet" else {}
+            if decoder in SEGMENTERS:
+                decoder_options = dict(SEGMENTERS[decoder].narrow)
+        if decoder in SEGMENTERS and SEGMENTERS[decoder].masks:
+            self.recipe = SET_PREDICTION
         classes = self.hparams["num_classes"]
         backbone = in_channels(backbone, self.reading)
         self.model = build_segmenter(decoder, backbone=backbone, num_classes=classes, aux=aux, **decoder_options)
@@ -94,7 +101,7 @@ class SegmentationTask(Task):
             inference=asdict(self.inference),
             ignore_index=ignore_index,
         )
-        self.normalise = Normalise(self.model.backbone)
+        self.normalise = Normalise(self.model.inner_backbone)
         #: what a pixel can be: of which class, or, where there is only one, of it or not
         self.outcomes = self.class_names if classes > 1 else [REST, *self.class_names]
         self.loss = self._make_loss(None if class_weights == "balanced" else class_weights)
@@ -103,8 +110,12 @@ class SegmentationTask(Task):
     @classmethod
     def check_options(cls, options: Any) -> None:
         super().check_options(options)
-        find_architecture(options.decoder)
+        check_options(options.decoder, options.decoder_options or {})
         SegmentationLoss(options.loss, options.loss_options)
+        if options.decoder in SEGMENTERS and SEGMENTERS[options.decoder].masks:
+            for name, usual in (("loss", "ce"), ("loss_options", None), ("class_weights", None), ("aux", False)):
+                if getattr(options, name) not in (usual, {}):
+                    raise InputError(f"{options.decoder} has losses of its own: leave model.{name} out")
         Inference(**vars(options.inference))
 
     @classmethod
@@ -145,6 +156,13 @@ class SegmentationTask(Task):
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         images, masks = batch
+        if hasattr(self.model, "losses"):
+            parts = self.model.losses(self.normalise(images), masks, self.hparams["ignore_index"])
+            for name, part in parts.items():
+                self.log_loss(name, part.detach(), len(images))
+            loss = sum(parts.values())
+            self.log_loss("train_loss", loss, len(images))
+            return loss
         logits = self(images)
         if self.hparams["aux"]:
             logits, aux = logits

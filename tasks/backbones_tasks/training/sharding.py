@@ -133,7 +133,7 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     """Shard a model that has a backbone, in place: large blocks of it each for themselves, the rest together."""
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()  # FSDP has no channels-last parameters
-    for part in (*_blocks(model.backbone)[0], model):
+    for part in (*_blocks(model.inner_backbone)[0], model):
         fully_shard(part, mesh=mesh)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,18 +33,37 @@ from ..options import nearest
 from ..ranges import check_ranges
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What training goes by, unless told.
+
+    lr, weight_decay: of all but norms, biases and position tables. published_lr: factor for what published weights
+    hold. clip: the greatest norm of all gradients.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    published_lr: float = 1.0
+    clip: float = 1.0
+
+
+#: For what is trained by matching sets of predictions: DETR's norm, and about its rates.
+SET_PREDICTION = Recipe(lr=2e-4, weight_decay=1e-4, published_lr=0.1, clip=0.1)
+
+
 class Task(LightningModule):
     """A model and all that its training needs; one subclass for each of `training.tasks.TASKS`.
 
     Args:
         optimizer: one of timm's, by name
         optimizer_options: its own, such as `betas` or `momentum`
-        lr: learning rate of the last layers, after warm-up
-        weight_decay: norms, biases and position tables have none
+        lr: learning rate of the last layers, after warm-up; 1e-3 unless given, 2e-4 for heads of transformers
+        weight_decay: norms, biases and position tables have none; 0.05 unless given, 1e-4 for heads of transformers
         layer_decay: factor to the learning rate per layer towards the input, 1 for none. Unless given: what
             `backbones info NAME` tells, 0.75 for most plain vision transformers, if the backbone starts from published
             weights and `backbone_lr` is 1; else none
-        backbone_lr: factor to the learning rate of all that published weights hold; 0.1 to 0.5 suits fine-tuning
+        backbone_lr: factor to the learning rate of all that published weights hold; 0.1 to 0.5 suits fine-tuning. 1
+            unless given; 0.1 for heads of transformers on published weights without a `layer_decay`
         freeze_epochs: how many epochs the backbone stays as it is, in eval mode and without gradients, while the rest
             trains
         unfreeze_every: after those, its deepest stage trains, and one more every so many epochs, the stem last; 0
@@ -83,6 +103,8 @@ class Task(LightningModule):
     model: nn.Module
     #: Where results go that are more than scores; None for nowhere.
     folder: Path | None = None
+    #: What heads are trained with, unless told.
+    recipe: Recipe = Recipe()
     #: The task that this is a head of, if it is, and the head's name.
     within: tuple["Task", str] | None = None
 
@@ -91,10 +113,10 @@ class Task(LightningModule):
         *,
         optimizer: str = "adamw",
         optimizer_options: dict[str, Any] | None = None,
-        lr: float = 1e-3,
-        weight_decay: float = 0.05,
+        lr: float | None = None,
+        weight_decay: float | None = None,
         layer_decay: float | None = None,
-        backbone_lr: float = 1.0,
+        backbone_lr: float | None = None,
         freeze_epochs: int = 0,
         unfreeze_every: int = 0,
         schedule: str = "cosine",
@@ -151,10 +173,10 @@ class Task(LightningModule):
         own = options.optimizer_options or {}
         parameters = nn.Linear(1, 1)
         try:
-            create_optimizer_v2(parameters, options.optimizer, options.lr, options.weight_decay, **own)
+            create_optimizer_v2(parameters, options.optimizer, options.lr or 1.0, options.weight_decay or 0.0, **own)
         except (TypeError, ValueError, AssertionError, LookupError) as error:
             raise InputError(f"model.optimizer={options.optimizer!r}, optimizer_options={own}: {error}") from error
-        make_schedule(vars(options), SGD(parameters.parameters(), lr=1.0), steps=10, epochs=2)
+        make_schedule({**vars(options), "lr": 1.0}, SGD(parameters.parameters(), lr=1.0), steps=10, epochs=2)
 
     @classmethod
     def check_arguments(cls, arguments: Sequence[str]) -> None:
@@ -250,9 +272,15 @@ class Task(LightningModule):
         built = dict(backbone) if isinstance(backbone, Mapping) else {"name": backbone}
         inner = self.model.inner_backbone
         weights = ("pretrained", *inner.weight_options)  # of which torchvision's `weights` is one
+        published = any(built.get(name) for name in weights)
+        for name in ("lr", "weight_decay"):
+            if self.hparams[name] is None:
+                options[name] = getattr(self.recipe, name)
+        if self.hparams["backbone_lr"] is None:
+            slow = published and self.hparams["layer_decay"] is None
+            options["backbone_lr"] = self.recipe.published_lr if slow else 1.0
         if self.hparams["layer_decay"] is None:
-            published = any(built.get(name) for name in weights)
-            own = published and self.hparams["backbone_lr"] == 1
+            own = published and options.get("backbone_lr", self.hparams["backbone_lr"]) == 1
             options["layer_decay"] = inner.spec.layer_decay if own else 1.0
         check_ranges(self.name, "model", {**self.hparams, **options})
         built = {**inner.implied_options, **{k: v for k, v in built.items() if k not in weights}}
@@ -386,6 +414,12 @@ class Task(LightningModule):
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step_update(self.global_step)
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        clip = self.recipe.clip if gradient_clip_val is None else gradient_clip_val
+        self.clip_gradients(optimizer, gradient_clip_val=clip, gradient_clip_algorithm=gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["task"] = self.name

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import transformers
+from small_heads import SMALL
 from timm.optim import create_optimizer_v2
 from torch import nn
 
@@ -13,24 +15,6 @@ from backbones_tasks import build_detector, build_segmenter, from_pretrained
 from backbones_tasks.models.heads import DETECTORS, SEGMENTERS
 
 BACKBONE = "timm/test_resnet"
-_ATTENTION = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
-_DETR = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 8, **_ATTENTION}
-_DAB = {"hidden_size": 32, **{name: value for name, value in _DETR.items() if name != "d_model"}}
-_RT = {"d_model": 32, "encoder_hidden_dim": 32, "decoder_layers": 2, "num_queries": 8, "num_denoising": 6, **_ATTENTION}
-_RF = {"d_model": 32, "decoder_layers": 2, "num_queries": 8, "group_detr": 2, "decoder_ffn_dim": 32}
-_MASKS = {"feature_size": 64, "mask_feature_size": 64, "hidden_dim": 64, "decoder_layers": 3, "num_queries": 6}
-_MASKFORMER = {"fpn_feature_size": 64, "mask_feature_size": 64, "decoder_config": {"model_type": "detr", **_DETR}}
-SMALL = {
-    "hf/detr": _DETR,
-    "hf/conditional_detr": _DETR,
-    "hf/dab_detr": _DAB,
-    "hf/deformable_detr": _DETR,
-    **dict.fromkeys(("hf/rt_detr", "hf/rt_detr_v2", "hf/d_fine", "hf/deimv2"), _RT),
-    "hf/rf_detr": {**_RF, "decoder_self_attention_heads": 2, "decoder_cross_attention_heads": 2},
-    "hf/upernet": {"hidden_size": 16, "auxiliary_channels": 16},
-    "hf/mask2former": {**_MASKS, "encoder_layers": 1, "dim_feedforward": 32, "num_attention_heads": 2},
-    "hf/maskformer": _MASKFORMER,
-}
 CLASSES = 4
 
 
@@ -82,6 +66,14 @@ def test_a_detector_trains_and_predicts_on_images_of_two_sizes(architecture):
         assert (objects["scores"].diff() <= 0).all()
 
 
+@pytest.mark.parametrize("architecture", ["hf/detr", "hf/deformable_detr", "hf/rt_detr_v2", "hf/d_fine", "hf/rf_detr"])
+def test_images_without_objects_give_every_parameter_a_gradient(architecture):
+    """DistributedDataParallel waits for all of them."""
+    model, (images, (_, empty)) = detector(architecture), pair()
+    sum(model(images, [empty, empty]).values()).backward()
+    assert learning(model) == []
+
+
 @pytest.mark.parametrize("architecture", ["hf/detr", "hf/rt_detr_v2"])
 def test_boxes_are_put_where_the_image_has_them(architecture):
     """What is said of an image are its own pixels, whatever it is resized and padded to."""
@@ -121,13 +113,11 @@ def test_a_segmenter_trains_and_labels_any_rectangle(architecture):
 
 
 def test_masks_are_labelled_as_transformers_does_it():
-    from transformers import Mask2FormerImageProcessorPil
-
     model, images = segmenter("hf/mask2former").eval(), torch.rand(2, 3, 64, 96)
     with torch.no_grad():
         ours = model(images).argmax(1)
         output = model.hf(images)
-    processor = Mask2FormerImageProcessorPil()
+    processor = transformers.Mask2FormerImageProcessorPil()
     theirs = processor.post_process_semantic_segmentation(output, target_sizes=[(64, 96)] * 2)
     agreement = (torch.stack(theirs) == ours).float().mean()
     assert agreement > 0.9, "they resize masks to 384 x 384 in between"
@@ -233,3 +223,30 @@ def test_what_cannot_work_is_an_error_that_names_it():
     targets[0]["boxes"][1, 2] = 5
     with pytest.raises(InputError, match=r"target 0: the box \[5.0, 5.0, 5.0, 40.0\] has no area"):
         model(images, targets)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model", "kind", "stages"),
+    [
+        ("hf/rt_detr_v2", "RTDetrV2", "rt_detr_resnet", [2, 3, 4]),
+        ("hf/mask2former", "Mask2Former", "resnet", [1, 2, 3, 4]),
+    ],
+)
+def test_with_transformers_own_backbone_it_says_what_transformers_says(architecture, model, kind, stages):
+    """The same weights under our contract and our bridge, and without them."""
+    sizes = {"hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1], "layer_type": "basic", "embedding_size": 16}
+    backbone = {"name": f"transformers/{kind}", "config": sizes}
+    build = detector if architecture in DETECTORS else segmenter
+    ours = build(architecture, backbone).hf.eval()
+    config = copy.deepcopy(ours.config)
+    config.backbone_config = transformers.AutoConfig.for_model(kind, **sizes, out_indices=stages)
+    theirs = type(ours)(config).eval()
+    assert type(ours).__name__.startswith(model)
+    state = {name.replace(".backbone.body.", "."): value for name, value in ours.state_dict().items()}
+    theirs.load_state_dict(state)
+    images = torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        a, b = ours(images), theirs(images)
+    for name in ("logits", "pred_boxes", "class_queries_logits", "masks_queries_logits"):
+        if name in b:
+            torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-5)  # ours run channels-last
