@@ -12,11 +12,20 @@ from backbones.discovery import FIRST_PARTY
 from backbones.errors import InputError
 
 TEMPLATE = "plugin-template"
+#: Kinds of architectures, beside pyramids of convolutions: what they have instead of some files of the template.
+KINDS = {
+    "columnar": "a plain transformer: one width and stride throughout, and a pyramid made of its last map",
+    "wrap": "a network that knows nothing of dense-backbones, through backbones.wrap",
+}
+SUFFIXES = (".py", ".md", ".toml", ".yml")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", help="of the package, such as mynet; small letters, digits and '_'")
     parser.add_argument("--out", type=Path, help="folder to write, by default NAME in this one")
+    kinds = parser.add_mutually_exclusive_group()
+    for kind, meaning in KINDS.items():
+        kinds.add_argument(f"--{kind}", dest="kind", action="store_const", const=kind, help=f"start from {meaning}")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,13 +36,10 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"there is a module {name!r} already, at {found.origin}; choose another name")
     if folder.exists():
         raise InputError(f"{folder} exists; choose another name, or another folder with --out")
-    template = find_template()
-    for file in sorted(
-        path for path in template.rglob("*") if path.is_file() and path.suffix in (".py", ".md", ".toml")
-    ):
-        target = folder / rename(str(file.relative_to(template)), name)
+    for path, text in template(args.kind).items():
+        target = folder / rename(path, name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(rename(file.read_text(encoding="utf-8"), name), encoding="utf-8")
+        target.write_text(rename(text, name), encoding="utf-8")
         print(target)
     print(
         f"\nnext: pip install -e {folder} && backbones check --plugin {name} --quick\n"
@@ -42,8 +48,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def template(kind: str | None = None) -> dict[str, str]:
+    """Files of the template by their paths within it, those of a kind of architecture in place of its own."""
+    folder = find_template()
+    folders = [folder, *([folder.with_name(f"{TEMPLATE}-{kind}")] if kind else [])]
+    return {
+        str(path.relative_to(each)): path.read_text(encoding="utf-8")
+        for each in folders
+        for path in sorted(each.rglob("*"))
+        if path.is_file() and path.suffix in SUFFIXES
+    }
+
+
 def find_template() -> Path:
-    """The template's folder: beside the sources, or where the wheel put it."""
+    """The template's folder, beside which are those of kinds: beside the sources, or where the wheel put it."""
     folder = Path(__file__).parents[2] / "examples" / TEMPLATE
     if folder.is_dir():
         return folder

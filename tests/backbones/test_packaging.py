@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from backbones.cli.new_plugin import SUFFIXES
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -94,9 +96,9 @@ def test_the_wheel_holds_the_three_roots_and_their_types(tmp_path):
         folder = ROOT / root
         expected = {str(p.relative_to(folder)) for p in (folder / package).rglob("*.py")} | {f"{package}/py.typed"}
         assert expected <= names
-    template = ROOT / "examples" / "plugin-template"
-    shipped = {name.partition("/plugin-template/")[2] for name in names if "/plugin-template/" in name}
-    assert shipped == {str(p.relative_to(template)) for p in template.rglob("*") if p.suffix in (".py", ".md", ".toml")}
+    templates = [path for folder in (ROOT / "examples").glob("plugin-template*") for path in folder.rglob("*")]
+    shipped = {name.partition("/dense-backbones/")[2] for name in names if "/plugin-template" in name}
+    assert shipped == {str(p.relative_to(ROOT / "examples")) for p in templates if p.suffix in SUFFIXES}
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {
         "backbones",
         "backbones_tasks",
