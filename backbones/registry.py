@@ -68,12 +68,7 @@ def list_backbones(pattern: str = "*", plugin: str | None = None) -> list[str]:
     Raises:
         PluginError: no such plugin is installed.
     """
-    plugins = _plugins()
-    if plugin is not None:
-        plugins = [p for p in plugins if plugin == p.namespace or normalized(plugin) == normalized(p.distribution)]
-        if not plugins:
-            known = ", ".join(sorted({p.namespace for p in _plugins()}))
-            raise PluginError(f"no plugin is called {plugin!r}; installed: {known}; see `backbones plugins`")
+    plugins = _plugins_of(plugin)
     names = [
         spec.name if _claims(spec.name, listed_only=True) == [(owner, spec)] else owner.canonical(spec)
         for owner in plugins
@@ -112,9 +107,16 @@ def resolve(name: str) -> BackboneSpec:
     return _resolve(name)[1]
 
 
-def plugins() -> list[PluginInfo]:
-    """Every installed plugin, first-party first, and what is wrong with those that do not work."""
-    return [_plugin_info(plugin) for plugin in _plugins()]
+def plugins(plugin: str | None = None) -> list[PluginInfo]:
+    """Every installed plugin, first-party first, and what is wrong with those that do not work.
+
+    Args:
+        plugin: only those of this namespace or distribution.
+
+    Raises:
+        PluginError: no such plugin is installed.
+    """
+    return [_plugin_info(each) for each in _plugins_of(plugin)]
 
 
 def build_backbone(name: str, **options: Any) -> "Backbone":
@@ -180,6 +182,18 @@ def _plugins() -> list[Plugin]:
             finally:
                 _reading = False
         return [*_read, *([_local] if _local.specs else [])]
+
+
+def _plugins_of(name: str | None) -> list[Plugin]:
+    """Those of a namespace or a distribution; all for None."""
+    found = _plugins()
+    if name is None:
+        return found
+    chosen = [p for p in found if name == p.namespace or normalized(name) == normalized(p.distribution)]
+    if not chosen:
+        known = ", ".join(sorted({p.namespace for p in found}))
+        raise PluginError(f"no plugin is called {name!r}; installed: {known}; see `backbones plugins`")
+    return chosen
 
 
 def _claims(name: str, listed_only: bool = False) -> list[tuple[Plugin, BackboneSpec]]:

@@ -41,4 +41,5 @@ def _is_number(cell: object) -> bool:
 def print_markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table as GitHub and PyPI show it."""
     for row in (header, ["---"] * len(header), *rows):
-        print(f"| {' | '.join(str(cell) for cell in row)} |")
+        cells = (" ".join(str(cell).split()).replace("|", r"\|") for cell in row)
+        print(f"| {' | '.join(cells)} |")

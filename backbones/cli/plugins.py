@@ -12,16 +12,27 @@ SLOW = 1.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", help="only those of this plugin or distribution")
     parser.add_argument("--errors", action="store_true", help="with the traceback of each plugin that does not work")
     parser.add_argument("--timing", action="store_true", help="with the seconds that reading each one took")
-    parser.add_argument("--json", action="store_true", help="print JSON, tracebacks included")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="print JSON, tracebacks included")
+    how.add_argument(
+        "--markdown",
+        action="store_true",
+        help="print a page with families, variants, licences and what the conformance kit says, which is run: minutes",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    found = plugins()
+    found = plugins(args.name)
     if args.json:
         print_json([asdict(plugin) for plugin in found])
         return 0
+    if args.markdown:
+        from .directory import print_page  # the kit, and torch
+
+        return print_page(found)
     header = ("plugin", "distribution", "version", "backbones", "status", *(("seconds",) if args.timing else ()))
     rows = [(p.namespace, p.distribution, p.version, p.backbones, p.status, f"{p.seconds:.3f}") for p in found]
     print_table(header, [row[: len(header)] for row in rows])

@@ -55,7 +55,7 @@ def run(*command, folder, cwd):
     """What a process prints that finds what was installed; it fails as the process does."""
     environment = {**os.environ, "PYTHONPATH": str(folder / "site")}
     done = subprocess.run(
-        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=900, check=False
+        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=7200, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
