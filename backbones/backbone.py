@@ -109,6 +109,8 @@ class Backbone(Classifier, metaclass=_Finished):
     forward_head                logits of unpooled features
     make_norm                   the classifier's norm before pooling; none by itself
     make_pre_logits             what the classifier has between pooling and logits; nothing by itself
+    head_hidden_size            width of what the last layer sees, where `make_pre_logits` changes it; a property
+    check_pool                  raises InputError for a pooling that options do not go with; extend it
     make_head                   sets the classifier's last layer, `head`, for `num_classes`
     get_classifier              the last layer, where it is not `head` alone
     reset_classifier            a last layer for other classes, where `make_head` alone does not do

@@ -74,8 +74,9 @@ class RotaryAttention(Attention):
 
     def forward(self, x: Tensor, rotations: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, d)
-        x = scaled_attention(_rotate(q, *rotations), _rotate(k, *rotations), v)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        q, k = _rotate(q, *rotations), _rotate(k, *rotations)
+        x = scaled_attention(q, k, v, fast=self.fast, dropout=self.attn_drop.rate)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
     def rotations(self, height: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine, (N, d / 2) each, of what a patch's pairs of channels are turned by."""
