@@ -92,7 +92,8 @@ class MaskSegmenter(TransformersSegmenter):
             masks: (B, H, W) of class indices; of a single class, 1 where it is and 0 where it is not.
             ignore_index: of pixels that are of no class.
         """
-        return self(images, masks, ignore_index)  # by its call, which is what wrappers such as FSDP see
+        found: Any = self(images, masks, ignore_index)  # by its call, which is what wrappers such as FSDP see
+        return found
 
     def _losses(self, padded: Tensor, masks: Tensor, ignore_index: int) -> dict[str, Tensor]:
         first = int(self.num_classes == 1)

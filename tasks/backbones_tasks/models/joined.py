@@ -29,8 +29,13 @@ class JoinedMaps(nn.Module):
     def forward(self, pixel_values: Tensor, **_: Any) -> BackboneOutput:
         maps = self.dense(pixel_values).feature_maps
         size = maps[self.at].shape[-2:]
-        same = [m if m.shape[-2:] == size else F.interpolate(m, size, mode="bilinear", antialias=True) for m in maps]
+        same = [m if m.shape[-2:] == size else _resize(m, size) for m in maps]
         return BackboneOutput(feature_maps=(torch.cat(same, 1),))
+
+
+def _resize(m: Tensor, size: torch.Size) -> Tensor:
+    """Without aliasing, which PyTorch does in no half precision."""
+    return F.interpolate(m.float(), size, mode="bilinear", antialias=True).to(m.dtype)
 
 
 def join_maps(model: PreTrainedModel, config: DenseBackboneConfig) -> None:

@@ -21,7 +21,7 @@ from .callbacks import find_unused
 from .classification import ClassificationTask
 from .detection import DetectionTask
 from .multitask_data import HEADS, MultiTaskData, read_heads
-from .task import Task
+from .task import Recipe, Task
 
 Batch = Mapping[str, Any]
 
@@ -93,7 +93,8 @@ class MultiTask(Task):
             part.__dict__["model"] = part._modules.pop("model")  # a mere reference: moved and saved once
         self.weights = {name: head.weight for name, head in read.items()}
         self.scores = (self.metric, *(f"{name}/{part.metric}" for name, part in self.parts.items()))
-        self.recipe = min((part.recipe for part in self.parts.values()), key=lambda recipe: recipe.lr)
+        recipes: list[Recipe] = [part.recipe for part in self.parts.values()]
+        self.recipe = min(recipes, key=lambda recipe: recipe.lr)  # that of the head that has to go slowest
         self.remember(backbone, image_size=image_size, facts=facts)
         self._remember_heads(heads)
 

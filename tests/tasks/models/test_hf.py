@@ -74,6 +74,20 @@ def test_images_without_objects_give_every_parameter_a_gradient(architecture):
     assert learning(model) == []
 
 
+@pytest.mark.parametrize("architecture", ["hf/rt_detr_v2", "hf/rf_detr", "hf/mask2former"])
+def test_mixed_precision_trains_and_predicts(architecture):
+    """In bfloat16, which is what `fit` takes on a GPU."""
+    detects = architecture in DETECTORS
+    model = detector(architecture) if detects else segmenter(architecture)
+    images, targets = pair() if detects else (torch.rand(2, 3, 64, 64), torch.randint(0, CLASSES, (2, 64, 64)))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(images, targets)
+        sum(losses.values()).backward()
+        said = model.eval()(images)
+    assert torch.stack(list(losses.values())).isfinite().all()
+    assert (said[0]["boxes"].dtype == torch.float32) if detects else said.isfinite().all()
+
+
 @pytest.mark.parametrize("architecture", ["hf/detr", "hf/rt_detr_v2"])
 def test_boxes_are_put_where_the_image_has_them(architecture):
     """What is said of an image are its own pixels, whatever it is resized and padded to."""
