@@ -11,7 +11,7 @@ from backbones.testing import CheckResult, check_backbone, smallest_of_each_fami
 from .output import print_hint, print_markdown
 
 HEADER = ("plugin", "package", "families", "backbones", "licence", "weights", "quick kit")
-#: Families of one plugin that are all named; of more, the first few are.
+#: Families and licences of one plugin that are all named; of more, the first few are.
 NAMED, FEW = 5, 3
 
 
@@ -51,11 +51,16 @@ def _row(plugin: PluginInfo, infos: Sequence[BackboneInfo]) -> tuple[str, ...]:
     return (
         f"`{plugin.namespace}`",
         f"{plugin.distribution} {plugin.version}".strip(),
-        ", ".join(families if len(families) <= NAMED else [f"{len(families)}: {families[0]}", *families[1:FEW], "..."]),
-        f"{len(infos)}: {' to '.join(ends)}" if infos else "",
-        ", ".join(sorted({info.license or "not stated" for info in infos})),
-        f"{len(weights)}: {', '.join(sorted({row.license or 'not stated' for row in weights}))}" if weights else "",
+        _some(families),
+        f"{len(infos)}, {' to '.join(ends)}" if infos else "",
+        _some(sorted({info.license or "not stated" for info in infos})),
+        f"{len(weights)}, {_some(sorted({row.license or 'not stated' for row in weights}))}" if weights else "",
     )
+
+
+def _some(names: Sequence[str]) -> str:
+    """All of a few, or how many there are and the first ones."""
+    return ", ".join(names) if len(names) <= NAMED else f"{len(names)}: {', '.join(names[:FEW])}, ..."
 
 
 def _verdict(plugin: PluginInfo, names: Sequence[str], results: Sequence[CheckResult]) -> str:

@@ -1,5 +1,7 @@
 """The page of installed plugins, checked anew."""
 
+import re
+
 import pytest
 
 from backbones import PluginError, plugins
@@ -39,9 +41,9 @@ def test_the_page_has_families_backbones_licences_and_the_kits_result(checked, c
     assert row[1].startswith("dense-backbones ")
     assert row[2:4] == [
         "[MobileViT](https://arxiv.org/abs/2110.02178), [MobileViTv2](https://arxiv.org/abs/2206.02680)",
-        "10: `mobilevit_xxs` to `mobilevitv2_200`",
+        "10, `mobilevit_xxs` to `mobilevitv2_200`",
     ]
-    assert row[4:] == ["Apache-2.0", "16: cvnets-license", "`mobilevit_xxs`, `mobilevitv2_050` pass"]
+    assert row[4:] == ["Apache-2.0", "16, cvnets-license", "`mobilevit_xxs`, `mobilevitv2_050` pass"]
     assert "checking mobilevit/mobilevit_xxs" in captured.err
 
 
@@ -50,9 +52,9 @@ def test_of_a_catalogue_the_smallest_is_checked(checked, capsys):
     asked, _ = checked
     assert asked == ["torchvision/shufflenet_v2_x0_5"]
     (row,) = rows(capsys.readouterr().out)
-    assert row[2].startswith("16: ")
+    assert re.match(r"\d+: \[ConvNeXt\]", row[2])
     assert row[2].endswith(", ...")
-    assert row[3].startswith("70: `shufflenet_v2_x0_5` to ")
+    assert re.match(r"\d+, `shufflenet_v2_x0_5` to `", row[3])
 
 
 def test_what_fails_is_named_and_is_an_exit_code(checked, capsys):
@@ -77,7 +79,7 @@ def test_a_throw_away_plugin_is_checked_by_the_kit_itself(throwaway, capsys, mon
     monkeypatch.setattr("backbones.testing.running.CHECKS", {n: CHECKS[n] for n in ("builds", "shapes", "any_size")})
     assert main(["plugins", "throwaway-good", "--markdown"]) == 1  # it pads nothing, and floors odd sides
     row = rows(capsys.readouterr().out)[0]
-    assert row[2:6] == ["Good", "3: `good_net` to `good_net_wide_32`", "not stated", ""]
+    assert row[2:6] == ["Good", "3, `good_net` to `good_net_wide_32`", "not stated", ""]
     assert row[-1] == "`good/good_net` fails `any_size`"  # another plugin has a good_net, too
 
 

@@ -53,7 +53,7 @@ def installed(folder, path_with):
 
 def run(*command, folder, cwd):
     """What a process prints that finds what was installed; it fails as the process does."""
-    environment = {**os.environ, "PYTHONPATH": str(folder / "site")}
+    environment = {**os.environ, "PYTHONPATH": f"{folder / 'site'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(
         [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=7200, check=False
     )

@@ -36,7 +36,7 @@ def site(tmp_path_factory):
 
 def run(site, cwd, *arguments):
     """What a process prints that finds the package."""
-    environment = {**os.environ, "PYTHONPATH": str(site)}
+    environment = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
