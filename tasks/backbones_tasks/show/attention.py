@@ -168,7 +168,7 @@ def _shown(seen: Attended, point: tuple[float, float] | None) -> Shown:
     if layer.window:
         maps = by_offset(seen)
         return Shown(maps.cpu(), torch.ones_like(maps[0], dtype=torch.bool).cpu(), "mean over all cells, by offset")
-    return _of_all(seen.weights, layer, "no cell" if layer.asking is None else "mean over all cells")
+    return _of_all(seen.weights, layer, "no cell of the image" if layer.asking is None else "mean over all cells")
 
 
 def _of_all(weights: Tensor, layer: AttentionLayer, asks: str) -> Shown:
@@ -221,7 +221,7 @@ def _draw(
     figure, axes = grid_of_panels(*shape_of(count, most=6), photo.size[0] / photo.size[1])
     by_cell = point is not None or layer.window is None
     asking = layer.asking or layer.asked
-    frame = _frame(shown.inside, layer.asked.grid) if by_cell else None
+    frame = _frame(shown.inside, layer.asked.grid, photo.size) if by_cell else None
     draw_photo(axes.flat[0], photo, f"asks: {shown.asks}", asking.grid.stride if args.grid else None)
     if by_cell and not bool(shown.inside.all()):
         draw_outline(axes.flat[0], shown.inside.numpy(), layer.asked.grid.stride)
@@ -252,16 +252,18 @@ def _draw(
     return Picture(figure, [numbers], {})
 
 
-def _frame(inside: Tensor, grid: Grid) -> tuple[tuple[float, float], tuple[float, float]] | None:
+def _frame(inside: Tensor, grid: Grid, size: tuple[int, int]) -> tuple[tuple[float, float], tuple[float, float]] | None:
     """Limits of x and y around cells that are near to each other: twice what they span, in the image's proportions."""
     spans = []
-    for dim, stride, count in zip((1, 0), grid.stride, (grid.height, grid.width), strict=True):
+    for dim, stride, side in zip((1, 0), grid.stride, size, strict=True):
         lines = inside.any(dim).nonzero()[:, 0]
         first, last = int(lines[0]), int(lines[-1]) + 1
-        spans.append(((first + last) / 2 * stride, (last - first) / count, count * stride))
-    (y, high, height), (x, wide, width) = spans
-    share = max(high, wide)
-    return None if share > NEAR else ((x - share * width, x + share * width), (y + share * height, y - share * height))
+        spans.append(((first + last) / 2 * stride, (last - first) * stride / side, side))
+    share = max(part for _, part, _ in spans)
+    if share > NEAR:
+        return None
+    top, left = (min(max(0, middle - share * side), (1 - 2 * share) * side) for middle, _, side in spans)
+    return (left, left + 2 * share * size[1]), (top + 2 * share * size[0], top)
 
 
 def _mark(axis: Axes, point: tuple[float, float] | None) -> None:

@@ -177,7 +177,8 @@ def draw_borders(axis: Axes, size: tuple[int, int], stride: Stride) -> None:
     down, right = stride if isinstance(stride, tuple) else (stride, stride)
     rows, columns = np.arange(down, size[0], down), np.arange(right, size[1], right)
     lines = [[(0, y), (size[1], y)] for y in rows] + [[(x, 0), (x, size[0])] for x in columns]
-    axis.add_collection(LineCollection(lines, colors="white", linewidths=0.4, alpha=0.7))
+    alpha = min(0.7, 25 / max(1, len(rows), len(columns)))  # many lines would hide what is under them
+    axis.add_collection(LineCollection(lines, colors="white", linewidths=0.4, alpha=alpha))
 
 
 def draw_outline(axis: Axes, inside: np.ndarray, stride: Stride) -> None:

@@ -81,7 +81,7 @@ class Places(TorchDispatchMode):
         if not inputs or not results:
             return
         before = self.known.get(results[0])  # of what is overwritten
-        source = self._most_faithful(inputs)
+        source = self._most_faithful(inputs) if torch.Tag.pointwise in func.tags else inputs[0]
         stem = name.removesuffix("_")
         places = self._places(func, stem, args, kwargs, source, inputs, result)
         if places is None:
