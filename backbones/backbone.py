@@ -67,7 +67,8 @@ class Backbone(Classifier, metaclass=_Finished):
         checkpointing: recompute activations in the backward pass to save memory.
         frozen_stages: -1 freezes nothing, 0 the stem, n the stem and the first n stages.
         norm_eval: keep BatchNorm statistics fixed while training.
-        output_stride: 32; architectures that can dilate take 8 or 16, and tell no stride above it.
+        output_stride: 32; with 8 or 16, no stride is above it: the last strides are left out, and what follows is
+            dilated, or its windows are larger, so that the same weights see the same extent of the image.
         out_norm: a LayerNorm on each map that is returned, as the official dense-prediction code of
             several architectures has it.
         features_only: False builds the published classifier instead; the forward then returns logits.
@@ -203,6 +204,8 @@ class Backbone(Classifier, metaclass=_Finished):
         self.check_pool(global_pool)
 
         self.out_indices = resolve_indices(out_indices, len(channels), name)
+        #: Per stage, how much closer than published its cells lie: what its convolutions dilate by.
+        self.dilations = [max(1, stride // output_stride) if output_stride < 32 else 1 for stride in strides]
         if output_stride < 32:  # 32 leaves an architecture as it is, coarser maps included
             strides = [min(stride, output_stride) for stride in strides]
         levels = [

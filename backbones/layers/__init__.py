@@ -15,6 +15,7 @@ from .linear import Mlp, init_linear
 from .mbconv import MBConv, SqueezeExcite, halve
 from .norm import layer_norm_2d
 from .padding import ceil_div, crop_to, pad_to_multiple
+from .patches import PatchEmbed, pad_for_patches
 from .relative_position import DistanceBias, LogPositionBias, PositionBias, RelativePositionBias
 from .window import window_partition, window_unpartition
 
@@ -32,6 +33,7 @@ __all__ = [
     "LogPositionBias",
     "MBConv",
     "Mlp",
+    "PatchEmbed",
     "PositionBias",
     "PreLogits",
     "RelativePositionBias",
@@ -56,6 +58,7 @@ __all__ = [
     "layer_norm_2d",
     "may_overwrite",
     "over_channels",
+    "pad_for_patches",
     "pad_same",
     "pad_to_multiple",
     "pool",

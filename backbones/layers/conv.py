@@ -23,6 +23,7 @@ class ConvNorm(Layer):
         eps: of the norm.
         same: pad as TensorFlow does, which is asymmetric where the stride is 2.
         between: whether the forward is given a layer that comes between convolution and norm.
+        dilation: cells between those that the kernel sees.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class ConvNorm(Layer):
         eps: float = 1e-5,
         same: bool = False,
         between: bool = False,
+        dilation: int = 1,
     ):
         super().__init__()
         self.act = act
@@ -44,8 +46,8 @@ class ConvNorm(Layer):
         self.kernel = kernel
         self.stride = stride
         self.same = same and stride > 1  # at stride 1, both ways to pad are one
-        padding = 0 if self.same else kernel // 2
-        self.conv = nn.Conv2d(in_chans, out_chans, kernel, stride, padding, groups=groups, bias=bias)
+        padding = 0 if self.same else kernel // 2 * dilation
+        self.conv = nn.Conv2d(in_chans, out_chans, kernel, stride, padding, dilation, groups, bias)
         self.norm = nn.BatchNorm2d(out_chans, eps=eps)
 
     def forward(self, x: Tensor, between: Callable[[Tensor], Tensor] | None = None) -> Tensor:

@@ -49,11 +49,12 @@ class MBConv(Layer):
         se_early: squeeze and excite before the second norm, not after it.
         stride_mode: "dw" strides in the depth-wise convolution; "pool" averages before the expansion.
         pool: how the shortcut is halved, as `halve` takes it.
-        project: give the shortcut a 1x1 where widths are equal too, if it is halved.
+        project: give the shortcut a 1x1 where widths are equal too.
         bias: whether the last 1x1 and the shortcut's have a bias.
         eps: of the norms.
         same: pad as TensorFlow does.
         drop_path: stochastic depth.
+        dilation: of the depth-wise convolution.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class MBConv(Layer):
         eps: float = 1e-5,
         same: bool = False,
         drop_path: float = 0.0,
+        dilation: int = 1,
     ):
         super().__init__()
         hidden = ratio * (out_chans if expand_output else in_chans)
@@ -85,13 +87,13 @@ class MBConv(Layer):
         self.pre_act = act if pre_act else None
         self.se_early = se_early
 
-        has_projection = in_chans != out_chans or (project and stride == 2)
+        has_projection = in_chans != out_chans or project
         self.shortcut = nn.Conv2d(in_chans, out_chans, 1, bias=bias) if has_projection else None
         self.pre_norm = nn.BatchNorm2d(in_chans, eps=eps)
         self.expand = ConvNorm(in_chans, hidden, 1, act=act, eps=eps)
         dw_stride = 1 if self.pool_first else stride
         self.depthwise = ConvNorm(
-            hidden, hidden, 3, dw_stride, groups=hidden, act=act, eps=eps, same=same, between=se_early
+            hidden, hidden, 3, dw_stride, hidden, act, eps=eps, same=same, between=se_early, dilation=dilation
         )
         self.se = SqueezeExcite(hidden, squeezed, se_act)
         self.project = nn.Conv2d(hidden, out_chans, 1, bias=bias)

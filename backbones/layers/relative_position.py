@@ -122,11 +122,13 @@ class LogPositionBias(PositionBias):
     Args:
         heads: number of heads.
         hidden: width of the MLP.
+        dilation: how much closer the cells lie than those that offsets are counted in, for `output_stride`.
     """
 
-    def __init__(self, heads: int, hidden: int = 512):
+    def __init__(self, heads: int, hidden: int = 512, dilation: int = 1):
         super().__init__()
         self.heads = heads
+        self.dilation = dilation
         self.fc1 = nn.Linear(2, hidden)
         self.dropout = nn.Dropout(0.125)
         self.fc2 = nn.Linear(hidden, heads)
@@ -136,7 +138,7 @@ class LogPositionBias(PositionBias):
     def by_offset(self, height: int, width: int) -> Tensor:
         like = self.like
         sides = (torch.arange(_offsets(side), device=like.device) - (side - 1) for side in (height, width))
-        offsets = torch.stack(torch.meshgrid(*sides, indexing="ij"), dim=-1).float()
+        offsets = torch.stack(torch.meshgrid(*sides, indexing="ij"), dim=-1).float() / self.dilation
         offsets = (offsets.sign() * (1 + offsets.abs()).log()).to(like.dtype)
         return self.fc2(self.dropout(F.relu(self.fc1(offsets)))).permute(2, 0, 1)
 

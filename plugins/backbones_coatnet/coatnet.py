@@ -88,6 +88,7 @@ class CoAtNet(Backbone):
 
     block_pattern = r"^stages\.(\d+)\.(\d+)"
     key_layouts = (TIMM,)
+    output_strides = (8, 16, 32)
 
     def __init__(
         self,
@@ -145,9 +146,10 @@ class CoAtNet(Backbone):
         block = (
             conv,
             conv,
-            partial(transformer, grid=tuple(ceil_div(side, 16) for side in sides)),
-            partial(transformer, grid=tuple(ceil_div(side, 32) for side in sides)),
+            partial(transformer, grid=tuple(ceil_div(side, 16) for side in sides), dilation=self.dilations[2]),
+            partial(transformer, grid=tuple(ceil_div(side, 32) for side in sides), dilation=self.dilations[3]),
         )
+        strides = [1 if dilation > 1 else 2 for dilation in self.dilations]
         drop_path = self.drop_path_rates(depths)
         self.stem = nn.Sequential(
             ConvNorm(self.in_chans, stem[0], 3, 2, act=act),
@@ -157,7 +159,12 @@ class CoAtNet(Backbone):
             self.wanted(
                 Blocks(
                     *(
-                        block[i](dims[i] if j else (stem[1], *dims)[i], dims[i], stride=1 if j else 2, drop_path=rate)
+                        block[i](
+                            dims[i] if j else (stem[1], *dims)[i],
+                            dims[i],
+                            stride=1 if j else strides[i],
+                            drop_path=rate,
+                        )
                         for j, rate in enumerate(drop_path[i])
                     )
                 )
@@ -188,13 +195,14 @@ class TransformerBlock(Layer):
         norm: Any,
         position_hidden: int | None,
         init_values: float | None,
+        dilation: int,
         drop_path: float,
     ):
         super().__init__()
         self.pool = pool if stride == 2 else None
         self.shortcut = nn.Conv2d(in_chans, dim, 1, bias=shortcut_bias) if in_chans != dim else None
         self.norm1 = norm(in_chans)
-        self.attn = Attention(in_chans, dim if expand_output else in_chans, dim, grid, position_hidden)
+        self.attn = Attention(in_chans, dim if expand_output else in_chans, dim, grid, position_hidden, dilation)
         self.norm2 = norm(dim)
         self.mlp = Mlp(dim, 4 * dim)
         self.drop_path = DropPath(drop_path)
@@ -215,12 +223,22 @@ class TransformerBlock(Layer):
 class Attention(Layer):
     """Attention among all cells of a map, with a bias for their offset: (B, in_chans, H, W) -> (B, out_chans, H, W)."""
 
-    def __init__(self, in_chans: int, dim: int, out_chans: int, grid: tuple[int, int], position_hidden: int | None):
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        out_chans: int,
+        grid: tuple[int, int],
+        position_hidden: int | None,
+        dilation: int,
+    ):
         super().__init__()
         self.heads = dim // HEAD_DIM
         self.qkv = nn.Conv2d(in_chans, 3 * dim, 1)
         self.rel_pos = (
-            LogPositionBias(self.heads, position_hidden) if position_hidden else RelativePositionBias(grid, self.heads)
+            LogPositionBias(self.heads, position_hidden, dilation)
+            if position_hidden
+            else RelativePositionBias(grid, self.heads)
         )
         self.attn_drop = Dropout("attn_drop_rate")
         self.proj = nn.Conv2d(dim, out_chans, 1)

@@ -62,7 +62,7 @@ def register_backbones() -> list[BackboneSpec]:
             weights=(*(_weights(variant, tag) for tag in _TAGS[variant].split()), *_torchvision(variant)),
             params=params,
             gmacs=gmacs,
-            options=("output_stride", "layer_scale"),
+            options=("layer_scale",),
             layer_decay=0.95,  # per block; the official dense code decays by 0.7 to 0.95 over 6 or 12 groups of them
             summary="convolutional pyramid: depth-wise 7 x 7 convolutions and channel MLPs",
             paper="https://arxiv.org/abs/2201.03545",

@@ -83,13 +83,12 @@ class ConvNeXt(Backbone):
     ):
         super().__init__(channels=dims, strides=(4, 8, 16, 32), **options)
         drop_path = self.drop_path_rates(depths)
-        dilations = [max(1, stride // self.output_stride) for stride in (4, 8, 16, 32)]
         self.stem = Stem(self.in_chans, dims[0])
         self.stages = nn.ModuleList(
             self.wanted(
                 Stage(
-                    downsample=Downsample(dims[i - 1], dims[i], dilations[i]) if i else nn.Identity(),
-                    blocks=[Block(dims[i], dilations[i], layer_scale, rate) for rate in drop_path[i]],
+                    downsample=Downsample(dims[i - 1], dims[i], self.dilations[i]) if i else nn.Identity(),
+                    blocks=[Block(dims[i], self.dilations[i], layer_scale, rate) for rate in drop_path[i]],
                 )
                 for i in range(4)
             )

@@ -14,6 +14,7 @@ from backbones.layers import (
     Dropout,
     Layer,
     Mlp,
+    PatchEmbed,
     activate,
     attend,
     crop_to,
@@ -21,7 +22,6 @@ from backbones.layers import (
     fuse,
     init_linear,
     is_plain,
-    pad_to_multiple,
     residual,
 )
 from backbones.weights import KeyLayout
@@ -57,6 +57,7 @@ class EdgeViT(Backbone):
 
     stem_pattern = r"^stages\.0\.embed"
     key_layouts = (OFFICIAL,)
+    output_strides = (8, 16, 32)
 
     def __init__(
         self,
@@ -73,10 +74,11 @@ class EdgeViT(Backbone):
         self.stages = nn.ModuleList(
             self.wanted(
                 Stage(
-                    PatchEmbed(dims[i - 1], dims[i], 2) if i else FirstPatchEmbed(self.in_chans, dims[0], 4),
-                    [Block(dims[i], heads[i], rates[i], mlp_ratio, drop) for drop in drop_path[i]],
+                    PatchEmbed(*((dims[i - 1], dims[i], 2) if i else (self.in_chans, dims[0], 4)), dilation),
+                    Dropout("pos_drop_rate") if i == 0 else nn.Identity(),
+                    [Block(dims[i], heads[i], rates[i], mlp_ratio, drop, dilation) for drop in drop_path[i]],
                 )
-                for i in range(4)
+                for i, dilation in enumerate(self.dilations)
             )
         )
         self.apply(init_linear)
@@ -91,48 +93,24 @@ class EdgeViT(Backbone):
 class Stage(nn.Module):
     """(B, C_in, H, W) -> (B, dim, ceil(H / stride), ceil(W / stride))."""
 
-    def __init__(self, embed: nn.Module, blocks: Sequence[nn.Module]):
+    def __init__(self, embed: nn.Module, pos_drop: nn.Module, blocks: Sequence[nn.Module]):
         super().__init__()
         self.embed = embed
+        self.pos_drop = pos_drop
         self.blocks = Blocks(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(self.embed(x))
-
-
-class PatchEmbed(nn.Module):
-    """Patches that do not overlap; those at the right and bottom are filled up with zeros."""
-
-    def __init__(self, in_chans: int, dim: int, size: int):
-        super().__init__()
-        self.size = size
-        self.proj = nn.Conv2d(in_chans, dim, size, size)
-        self.norm = nn.LayerNorm(dim, eps=1e-5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.proj(pad_to_multiple(x, self.size))
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class FirstPatchEmbed(PatchEmbed):
-    """Those of the image; the official code drops some of them."""
-
-    def __init__(self, in_chans: int, dim: int, size: int):
-        super().__init__(in_chans, dim, size)
-        self.pos_drop = Dropout("pos_drop_rate")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pos_drop(super().forward(x))
+        return self.blocks(self.pos_drop(self.embed(x)).permute(0, 3, 1, 2))
 
 
 class Block(nn.Module):
     """Local aggregation where attention is sparse, then attention; on maps (B, C, H, W)."""
 
-    def __init__(self, dim: int, heads: int, rate: int, mlp_ratio: float, drop_path: float):
+    def __init__(self, dim: int, heads: int, rate: int, mlp_ratio: float, drop_path: float, dilation: int):
         super().__init__()
         hidden = int(dim * mlp_ratio)
-        self.local_agg = LocalAggregation(dim, hidden, drop_path) if rate > 1 else nn.Identity()
-        self.self_attn = AttentionBlock(dim, heads, rate, hidden, drop_path)
+        self.local_agg = LocalAggregation(dim, hidden, drop_path, dilation) if rate > 1 else nn.Identity()
+        self.self_attn = AttentionBlock(dim, heads, rate, hidden, drop_path, dilation)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.self_attn(self.local_agg(x))
@@ -141,11 +119,11 @@ class Block(nn.Module):
 class LocalAggregation(Layer):
     """A block whose token mixer is a depth-wise 5x5 convolution between two 1x1; on maps (B, C, H, W)."""
 
-    def __init__(self, dim: int, hidden: int, drop_path: float):
+    def __init__(self, dim: int, hidden: int, drop_path: float, dilation: int):
         super().__init__()
-        self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.pos_embed = nn.Conv2d(dim, dim, 3, padding=dilation, dilation=dilation, groups=dim)
         self.conv1 = NormConv(dim, dim)
-        self.attn = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
+        self.attn = nn.Conv2d(dim, dim, 5, padding=2 * dilation, dilation=dilation, groups=dim)
         self.conv2 = nn.Conv2d(dim, dim, 1)
         self.act = "gelu"
         self.fc1 = NormConv(dim, hidden)
@@ -182,10 +160,10 @@ class NormConv(Layer):
 class AttentionBlock(Layer):
     """Position encoding by a depth-wise convolution, attention and MLP with residuals; on maps (B, C, H, W)."""
 
-    def __init__(self, dim: int, heads: int, rate: int, hidden: int, drop_path: float):
+    def __init__(self, dim: int, heads: int, rate: int, hidden: int, drop_path: float, dilation: int):
         super().__init__()
         self.rate = rate
-        self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.pos_embed = nn.Conv2d(dim, dim, 3, padding=dilation, dilation=dilation, groups=dim)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = SparseAttention(dim, heads, rate)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)

@@ -71,6 +71,7 @@ class EfficientFormer(Backbone):
     """
 
     key_layouts = (TIMM, OFFICIAL)
+    output_strides = (8, 16, 32)
     new_parts = ("head", "head_dist", "out_norms")
     global_pools = POOLS
 
@@ -93,8 +94,10 @@ class EfficientFormer(Backbone):
         )
         self.stages = nn.ModuleList(
             self.wanted(
-                Stage(dims[max(0, i - 1)], dims[i], drop_path[i], attention_blocks if i == 3 else 0, mlp_ratio)
-                for i in range(4)
+                Stage(
+                    dims[max(0, i - 1)], dims[i], drop_path[i], attention_blocks if i == 3 else 0, mlp_ratio, dilation
+                )
+                for i, dilation in enumerate(self.dilations)
             )
         )
         self.apply(init_linear)
@@ -126,12 +129,23 @@ class EfficientFormer(Backbone):
 class Stage(nn.Module):
     """(B, in_chans, H, W) -> (B, dim, H / stride, W / stride); the first stage has nothing to down-sample."""
 
-    def __init__(self, in_chans: int, dim: int, drop_path: Sequence[float], attention_blocks: int, mlp_ratio: float):
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        drop_path: Sequence[float],
+        attention_blocks: int,
+        mlp_ratio: float,
+        dilation: int,
+    ):
         super().__init__()
-        self.downsample = ConvNorm(in_chans, dim, stride=2, bias=True) if in_chans != dim else nn.Identity()
+        stride, reach = (1, dilation // 2) if dilation > 1 else (2, 1)
+        self.downsample = (
+            ConvNorm(in_chans, dim, stride=stride, bias=True, dilation=reach) if in_chans != dim else nn.Identity()
+        )
         hidden = int(dim * mlp_ratio)
         pooling_blocks = len(drop_path) - attention_blocks
-        blocks = [PoolBlock(dim, hidden, rate) for rate in drop_path[:pooling_blocks]]
+        blocks = [PoolBlock(dim, hidden, rate, dilation) for rate in drop_path[:pooling_blocks]]
         if attention_blocks:
             blocks.append(ChannelsLast())  # counts as a block in published names
             blocks += [AttentionBlock(dim, hidden, rate) for rate in drop_path[pooling_blocks:]]
@@ -153,8 +167,9 @@ class ChannelsLast(nn.Module):
 class PoolBlock(Layer):
     """Pooling and MLP with residuals, on maps (B, C, H, W)."""
 
-    def __init__(self, dim: int, hidden: int, drop_path: float):
+    def __init__(self, dim: int, hidden: int, drop_path: float, dilation: int):
         super().__init__()
+        self.dilation = dilation
         self.ls1 = LayerScale2d(dim, 1e-5)
         self.mlp = ConvMlp(dim, hidden)
         self.ls2 = LayerScale2d(dim, 1e-5)
@@ -162,7 +177,7 @@ class PoolBlock(Layer):
         self.lerps = False
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+        pooled = mean_around(x, self.dilation)
         if self.lerps:
             x = torch.lerp(x, pooled, self.ls1.gamma[:, None, None].to(x.dtype))
         else:
@@ -177,6 +192,15 @@ class PoolBlock(Layer):
             if scaled is not None:
                 self.mlp.fc2, self.ls2 = scaled, nn.Identity()
         return super().prepare_for_inference()
+
+
+def mean_around(x: Tensor, dilation: int) -> Tensor:
+    """For each cell of (B, C, H, W), the mean of 3 x 3 that lie `dilation` apart, those outside the map left out."""
+    if dilation == 1:
+        return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+    ones, cells = x.new_ones(1, 1, 3, 3), x.new_ones(1, 1, *x.shape[-2:])
+    total = F.conv2d(x, ones.expand(x.shape[1], -1, -1, -1), padding=dilation, dilation=dilation, groups=x.shape[1])
+    return total / F.conv2d(cells, ones, padding=dilation, dilation=dilation)
 
 
 class ConvMlp(Layer):

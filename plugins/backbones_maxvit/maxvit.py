@@ -115,6 +115,7 @@ class MaxViT(Backbone):
 
     block_pattern = r"^stages\.(\d+)\.(\d+)"
     key_layouts = (TIMM, TORCHVISION)
+    output_strides = (8, 16, 32)
 
     def __init__(
         self,
@@ -151,14 +152,13 @@ class MaxViT(Backbone):
             se_ratio=se_ratio,
             act=act,
             pool=pool,
-            project=project,
             bias=conv_bias,
             eps=conv_eps,
             same=same,
         )
         attention = partial(
             PartitionAttention,
-            size=partition,
+            table_size=partition,
             act=mlp_act,
             eps=eps,
             heads_first=heads_first,
@@ -176,14 +176,22 @@ class MaxViT(Backbone):
                 Blocks(
                     *(
                         Block(
-                            conv(dims[i] if j else (stem[1], *dims)[i], dims[i], stride=1 if j else 2, drop_path=rate),
-                            window=attention(dims[i], grid=False, drop_path=rate),
-                            grid=attention(dims[i], grid=True, drop_path=rate),
+                            conv(
+                                dims[i] if j else (stem[1], *dims)[i],
+                                dims[i],
+                                stride=1 if j or dilation > 1 else 2,
+                                project=project and j == 0,
+                                drop_path=rate,
+                                dilation=dilation if j else max(1, dilation // 2),
+                            ),
+                            # Where cells lie closer, windows hold more of them; a grid spans the map as before.
+                            window=attention(dims[i], dilation * partition, dilation, grid=False, drop_path=rate),
+                            grid=attention(dims[i], partition, 1, grid=True, drop_path=rate),
                         )
                         for j, rate in enumerate(drop_path[i])
                     )
                 )
-                for i in range(4)
+                for i, dilation in enumerate(self.dilations)
             )
         )
         self.apply(_init_weights)
@@ -223,7 +231,9 @@ class PartitionAttention(Layer):
         self,
         dim: int,
         size: int,
+        dilation: int,
         grid: bool,
+        table_size: int,
         act: str,
         eps: float,
         heads_first: bool,
@@ -236,7 +246,7 @@ class PartitionAttention(Layer):
         self.size = size
         self.grid = grid
         self.norm1 = nn.LayerNorm(dim, eps=eps)
-        self.attn = Attention(dim, size, heads_first, scale_by_dim, position_hidden)
+        self.attn = Attention(dim, table_size, heads_first, scale_by_dim, position_hidden, dilation)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, 4 * dim, act)
         self.drop_path = DropPath(drop_path)
@@ -277,14 +287,24 @@ class PartitionAttention(Layer):
 class Attention(Layer):
     """Attention within parts (B * parts, N, C), with a bias for relative positions."""
 
-    def __init__(self, dim: int, size: int, heads_first: bool, scale_by_dim: bool, position_hidden: int | None):
+    def __init__(
+        self,
+        dim: int,
+        table_size: int,
+        heads_first: bool,
+        scale_by_dim: bool,
+        position_hidden: int | None,
+        dilation: int,
+    ):
         super().__init__()
         self.heads = dim // HEAD_DIM
         self.heads_first = heads_first
         self.scale = (dim if scale_by_dim else HEAD_DIM) ** -0.5
         self.qkv = nn.Linear(dim, 3 * dim)
         self.rel_pos = (
-            LogPositionBias(self.heads, position_hidden) if position_hidden else RelativePositionBias(size, self.heads)
+            LogPositionBias(self.heads, position_hidden, dilation)
+            if position_hidden
+            else RelativePositionBias(table_size, self.heads)
         )
         self.attn_drop = Dropout("attn_drop_rate")
         self.proj = nn.Linear(dim, dim)

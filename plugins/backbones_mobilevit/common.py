@@ -35,7 +35,8 @@ class MobileTrunk(Backbone):
     """Inverted residuals, and from stride 8 on one block with transformers at the end of each stage.
 
     Args:
-        block: makes that block, given the stage's width, its number of transformers and their drop path rate.
+        block: makes that block, given the stage's number from 0, its width, its number of transformers, their drop
+            path rate, and what its convolution dilates by.
         stem_dims: widths of the first convolution and of the inverted residual after it, both at stride 2.
         dims: width of each stage.
         local_depth: inverted residuals of the first stage; the others have one.
@@ -45,10 +46,11 @@ class MobileTrunk(Backbone):
     """
 
     key_layouts = (TIMM,)
+    output_strides = (8, 16, 32)
 
     def __init__(
         self,
-        block: Callable[[int, int, float], nn.Module],
+        block: Callable[[int, int, int, float, int], nn.Module],
         stem_dims: tuple[int, int],
         dims: Sequence[int],
         local_depth: int,
@@ -59,15 +61,17 @@ class MobileTrunk(Backbone):
         super().__init__(channels=dims, strides=(4, 8, 16, 32), **options)
         (stem_rate,), *rates = self.drop_path_rates((1, local_depth, 2, 2, 2))
 
-        def inverted_residual(in_chans: int, out_chans: int, stride: int, rate: float) -> nn.Module:
-            return InvertedResidual(in_chans, out_chans, stride, expand_ratio, rate)
+        def inverted_residual(in_chans: int, out_chans: int, stride: int, rate: float, dilation: int = 1) -> nn.Module:
+            return InvertedResidual(in_chans, out_chans, stride, expand_ratio, rate, dilation)
 
         def stage(i: int) -> nn.Module:
-            blocks = [inverted_residual(dims[i - 1] if i else stem_dims[1], dims[i], 2, rates[i][0])]
+            dilation = self.dilations[i]
+            stride, reach = (1, dilation // 2) if dilation > 1 else (2, 1)
+            blocks = [inverted_residual(dims[i - 1] if i else stem_dims[1], dims[i], stride, rates[i][0], reach)]
             if i == 0:
                 blocks += [inverted_residual(dims[0], dims[0], 1, rate) for rate in rates[0][1:]]
             else:
-                blocks.append(block(i - 1, dims[i], depths[i - 1], rates[i][1]))
+                blocks.append(block(i - 1, dims[i], depths[i - 1], rates[i][1], dilation))
             return Blocks(*blocks)
 
         self.stem = nn.Sequential(
@@ -94,11 +98,13 @@ class MobileTrunk(Backbone):
 class InvertedResidual(Layer):
     """1x1, depth-wise 3x3, 1x1 without an activation; a residual where the shape stays (MobileNetV2)."""
 
-    def __init__(self, in_chans: int, out_chans: int, stride: int, expand_ratio: float, drop_path: float):
+    def __init__(
+        self, in_chans: int, out_chans: int, stride: int, expand_ratio: float, drop_path: float, dilation: int
+    ):
         super().__init__()
         hidden = make_divisible(in_chans * expand_ratio)
         self.expand = ConvNorm(in_chans, hidden, kernel=1, act="silu")
-        self.depthwise = ConvNorm(hidden, hidden, stride=stride, groups=hidden, act="silu")
+        self.depthwise = ConvNorm(hidden, hidden, stride=stride, groups=hidden, act="silu", dilation=dilation)
         self.project = ConvNorm(hidden, out_chans, kernel=1)
         self.drop_path = DropPath(drop_path)
         self.has_residual = stride == 1 and in_chans == out_chans

@@ -43,8 +43,8 @@ class MobileViT(MobileTrunk):
         head_dim: int = 640,
         **options: Any,
     ):
-        def block(i: int, dim: int, depth: int, drop_path: float) -> nn.Module:
-            return MobileViTBlock(dim, attn_dims[i], depth, heads, mlp_ratio, drop_path)
+        def block(i: int, dim: int, depth: int, drop_path: float, dilation: int) -> nn.Module:
+            return MobileViTBlock(dim, attn_dims[i], depth, heads, mlp_ratio, drop_path, dilation)
 
         super().__init__(block, stem_dims, dims, local_depth, depths, expand_ratio, **options)
         if not self.features_only:
@@ -57,9 +57,11 @@ class MobileViT(MobileTrunk):
 class MobileViTBlock(nn.Module):
     """A convolution, transformers that see the whole map, and a convolution over that and the input: (B, dim, H, W)."""
 
-    def __init__(self, dim: int, attn_dim: int, depth: int, heads: int, mlp_ratio: float, drop_path: float):
+    def __init__(
+        self, dim: int, attn_dim: int, depth: int, heads: int, mlp_ratio: float, drop_path: float, dilation: int
+    ):
         super().__init__()
-        self.local = ConvNorm(dim, dim, act="silu")
+        self.local = ConvNorm(dim, dim, act="silu", dilation=dilation)
         self.embed = nn.Conv2d(dim, attn_dim, kernel_size=1, bias=False)
         self.transformer = nn.Sequential(*(Transformer(attn_dim, heads, mlp_ratio, drop_path) for _ in range(depth)))
         self.norm = nn.LayerNorm(attn_dim, eps=1e-5)

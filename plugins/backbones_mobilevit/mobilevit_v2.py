@@ -48,8 +48,8 @@ class MobileViTv2(MobileTrunk):
     ):
         stem, first, *dims = (make_divisible(width * dim) for dim in (32, 64, 128, 256, 384, 512))
 
-        def block(i: int, dim: int, depth: int, drop_path: float) -> nn.Module:
-            return MobileViTv2Block(dim, depth, mlp_ratio, drop_path)
+        def block(i: int, dim: int, depth: int, drop_path: float, dilation: int) -> nn.Module:
+            return MobileViTv2Block(dim, depth, mlp_ratio, drop_path, dilation)
 
         super().__init__(block, (stem, first), dims, 2, depths, expand_ratio, **options)
 
@@ -57,10 +57,10 @@ class MobileViTv2(MobileTrunk):
 class MobileViTv2Block(nn.Module):
     """A depth-wise convolution and transformers of half the width: (B, dim, H, W)."""
 
-    def __init__(self, dim: int, depth: int, mlp_ratio: float, drop_path: float):
+    def __init__(self, dim: int, depth: int, mlp_ratio: float, drop_path: float, dilation: int):
         super().__init__()
         attn_dim = make_divisible(dim / 2)
-        self.local = ConvNorm(dim, dim, groups=dim, act="silu")
+        self.local = ConvNorm(dim, dim, groups=dim, act="silu", dilation=dilation)
         self.embed = nn.Conv2d(dim, attn_dim, kernel_size=1, bias=False)
         self.transformer = nn.Sequential(*(Transformer(attn_dim, mlp_ratio, drop_path) for _ in range(depth)))
         self.norm = nn.GroupNorm(1, attn_dim)

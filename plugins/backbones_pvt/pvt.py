@@ -17,12 +17,12 @@ from backbones.layers import (
     Dropout,
     Layer,
     Mlp,
+    PatchEmbed,
     SpatialReductionAttention,
     TableCache,
     ceil_div,
     init_conv,
     init_linear,
-    pad_to_multiple,
     residual,
 )
 from backbones.layers.padding import is_exporting
@@ -116,6 +116,7 @@ class PyramidVisionTransformer(Backbone):
     stem_pattern = r"^stages\.0\.(?:embed|pos_embed)"
     key_layouts = (OFFICIAL, OPENMMLAB, TRANSFORMERS)
     global_pools = ("token", "avg")
+    output_strides = (8, 16, 32)
 
     def __init__(
         self,
@@ -140,7 +141,7 @@ class PyramidVisionTransformer(Backbone):
         self.stages = nn.ModuleList(
             self.wanted(
                 Stage(
-                    embed=PatchEmbed(dims[i - 1], dims[i], 2) if i else PatchEmbed(self.in_chans, dims[0], 4),
+                    embed=PatchEmbed(*((dims[i - 1], dims[i], 2) if i else (self.in_chans, dims[0], 4)), dilation),
                     grid=tuple(ceil_div(side, stride) for side in sides),
                     blocks=[
                         Block(
@@ -154,7 +155,7 @@ class PyramidVisionTransformer(Backbone):
                     dim=dims[i],
                     token=not self.features_only and i == 3,
                 )
-                for i, stride in enumerate((4, 8, 16, 32))
+                for i, (stride, dilation) in enumerate(zip((4, 8, 16, 32), self.dilations, strict=True))
             )
         )
         self.apply(_init_weights)
@@ -249,19 +250,6 @@ def _resize(table: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tens
         return table
     resized = F.interpolate(table.permute(0, 3, 1, 2).float(), size=size, mode="bilinear")
     return resized.permute(0, 2, 3, 1).to(table.dtype)
-
-
-class PatchEmbed(nn.Module):
-    """Patches that do not overlap: (B, C_in, H, W) -> (B, ceil(H / size), ceil(W / size), dim)."""
-
-    def __init__(self, in_chans: int, dim: int, size: int):
-        super().__init__()
-        self.size = size
-        self.proj = nn.Conv2d(in_chans, dim, size, size)
-        self.norm = nn.LayerNorm(dim, eps=1e-5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(pad_to_multiple(x, self.size)).permute(0, 2, 3, 1))
 
 
 class Block(Layer):

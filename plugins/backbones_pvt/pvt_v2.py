@@ -52,6 +52,7 @@ class PyramidVisionTransformerV2(Backbone):
 
     stem_pattern = r"^stages\.0\.embed"
     key_layouts = (TIMM, OFFICIAL, OPENMMLAB)
+    output_strides = (8, 16, 32)
 
     def __init__(
         self,
@@ -69,21 +70,23 @@ class PyramidVisionTransformerV2(Backbone):
         self.stages = nn.ModuleList(
             self.wanted(
                 Stage(
-                    embed=PatchEmbed(dims[i - 1], dims[i], 3, 2) if i else PatchEmbed(self.in_chans, dims[0], 7, 4),
+                    embed=PatchEmbed(dims[i - 1], dims[i], 3, 1 if dilation > 1 else 2, max(1, dilation // 2))
+                    if i
+                    else PatchEmbed(self.in_chans, dims[0], 7, 4),
                     blocks=[
                         Block(
                             dims[i],
                             PooledAttention(dims[i], heads[i])
                             if linear
                             else SpatialReductionAttention(dims[i], heads[i], sr_ratios[i]),
-                            Mlp(dims[i], int(dims[i] * mlp_ratios[i]), relu=linear),
+                            Mlp(dims[i], int(dims[i] * mlp_ratios[i]), dilation, relu=linear),
                             rate,
                         )
                         for rate in drop_path[i]
                     ],
                     dim=dims[i],
                 )
-                for i in range(4)
+                for i, dilation in enumerate(self.dilations)
             )
         )
         self.apply(_init_weights)
@@ -108,9 +111,9 @@ class Stage(nn.Module):
 class PatchEmbed(nn.Module):
     """Overlapping patches: (B, C_in, H, W) -> (B, H / stride, W / stride, dim)."""
 
-    def __init__(self, in_chans: int, dim: int, kernel: int, stride: int):
+    def __init__(self, in_chans: int, dim: int, kernel: int, stride: int, dilation: int = 1):
         super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, kernel, stride, kernel // 2)
+        self.proj = nn.Conv2d(in_chans, dim, kernel, stride, kernel // 2 * dilation, dilation)
         self.norm = nn.LayerNorm(dim, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,12 +136,12 @@ class PooledAttention(SpatialReductionAttention):
 class Mlp(Layer):
     """MLP with a depth-wise 3 x 3 convolution before the GELU; the linear variant adds a ReLU before that."""
 
-    def __init__(self, dim: int, hidden: int, relu: bool):
+    def __init__(self, dim: int, hidden: int, dilation: int, relu: bool):
         super().__init__()
         self.relu = relu
         self.act = "gelu"
         self.fc1 = nn.Linear(dim, hidden)
-        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=dilation, dilation=dilation, groups=hidden)
         self.fc2 = nn.Linear(hidden, dim)
         self.drop = Dropout("proj_drop_rate")
 

@@ -23,7 +23,7 @@ from backbones.layers import (
     ceil_div,
     init_linear,
     layer_norm_2d,
-    pad_to_multiple,
+    pad_for_patches,
     residual,
 )
 from backbones.weights import KeyLayout
@@ -101,6 +101,7 @@ class SwinTransformer(Backbone):
     """
 
     key_layouts = (TIMM, OFFICIAL, TORCHVISION, OPENMMLAB, OPENMMLAB_CLASSIFIER)
+    output_strides = (8, 16, 32)
     size_divisor = 4  # the stem's patches; all else pads for itself
 
     def __init__(
@@ -119,14 +120,15 @@ class SwinTransformer(Backbone):
         self.stages = nn.ModuleList(
             self.wanted(
                 Stage(
-                    downsample=PatchMerging(dims[i - 1], dims[i]) if i else nn.Identity(),
+                    downsample=PatchMerging(dims[i - 1], dims[i], dilation) if i else nn.Identity(),
                     dim=dims[i],
                     heads=heads[i],
                     window_size=window_size,
+                    dilation=dilation,
                     shrink=not self.features_only,
                     drop_path=drop_path[i],
                 )
-                for i in range(4)
+                for i, dilation in enumerate(self.dilations)
             )
         )
         self.apply(init_linear)
@@ -160,40 +162,54 @@ class Stage(nn.Module):
         dim: int,
         heads: int,
         window_size: int,
+        dilation: int,
         shrink: bool,
         drop_path: Sequence[float],
     ):
         super().__init__()
         self.downsample = downsample
-        # Two ways to cut a map, each shared by every other block.
-        windows = [Windows(window_size, shift, shrink) for shift in (0, window_size // 2)]
-        self.blocks = Blocks(*(Block(dim, heads, windows[i % 2], rate) for i, rate in enumerate(drop_path)))
+        # Two ways to cut a map, each shared by every other block. Where cells lie closer, windows hold more of them.
+        windows = [Windows(dilation * window_size, dilation * shift, shrink) for shift in (0, window_size // 2)]
+        self.blocks = Blocks(
+            *(Block(dim, heads, windows[i % 2], window_size, rate) for i, rate in enumerate(drop_path))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks(self.downsample(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class PatchMerging(nn.Module):
-    """Each square of 2 x 2 cells becomes one: (B, C, H, W) -> (B, dim, ceil(H / 2), ceil(W / 2))."""
+    """Each square of 2 x 2 cells becomes one: (B, C, H, W) -> (B, dim, ceil(H / 2), ceil(W / 2)).
 
-    def __init__(self, in_dim: int, dim: int):
+    With `dilation` above 1, for `output_stride`, each cell becomes that of the square that it begins.
+    """
+
+    def __init__(self, in_dim: int, dim: int, dilation: int):
         super().__init__()
+        self.dilation = dilation
         self.norm = nn.LayerNorm(4 * in_dim)
         self.reduction = nn.Linear(4 * in_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = pad_to_multiple(x, 2).permute(0, 2, 3, 1)
-        x = torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], dim=-1)
+        height, width = x.shape[-2:]
+        x = pad_for_patches(x, 2, self.dilation).permute(0, 2, 3, 1)
+        if self.dilation == 1:
+            squares = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
+        else:  # one at each cell
+            reach = self.dilation // 2
+            starts = [(row, column) for column in (0, reach) for row in (0, reach)]
+            squares = [x[:, row : row + height, column : column + width] for row, column in starts]
+        x = torch.cat(squares, dim=-1)
         return self.reduction(self.norm(x)).permute(0, 3, 1, 2)
 
 
 class Block(Layer):
     """Attention within windows and MLP with residuals, on maps (B, H, W, C)."""
 
-    def __init__(self, dim: int, heads: int, windows: "Windows", drop_path: float):
+    def __init__(self, dim: int, heads: int, windows: "Windows", table_size: int, drop_path: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = WindowAttention(dim, heads, windows)
+        self.attn = WindowAttention(dim, heads, windows, table_size)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, 4 * dim)
         self.drop_path = DropPath(drop_path)
@@ -209,14 +225,14 @@ class WindowAttention(Layer):
     Cells are projected where they are and gathered into windows afterwards, so that padding costs no projection.
     """
 
-    def __init__(self, dim: int, heads: int, windows: "Windows"):
+    def __init__(self, dim: int, heads: int, windows: "Windows", table_size: int):
         super().__init__()
         if dim % heads:
             raise InputError(f"SwinTransformer: {heads} heads do not divide a width of {dim}")
         self.heads = heads
         self.windows = windows
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.bias = RelativePositionBias(windows.size, heads)
+        self.bias = RelativePositionBias(table_size, heads)
         self.attn_drop = Dropout("attn_drop_rate")
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = Dropout("proj_drop_rate")

@@ -42,7 +42,7 @@ def find_backbone(name: str) -> BackboneSpec | None:
         weights=weights(name),
         params=model.params,
         gmacs=model.gmacs,
-        options=("norm_layer", "output_stride") if len(model.output_strides) > 1 else ("norm_layer",),
+        options=("norm_layer",),
         layer_decay=0.95 if model.family == "ConvNeXt" else 1.0,
         summary=f"torchvision's {name}: {family.summary}",
         paper=family.paper,

@@ -18,9 +18,10 @@ from torchvision.ops import Permute, StochasticDepth
 
 from backbones.backbone import Backbone
 from backbones.errors import InputError
-from backbones.layers import POOLS, Blocks, fold_norm, over_channels, pad_to_multiple
+from backbones.layers import POOLS, Blocks, fold_norm, over_channels
 from backbones.weights import KeyLayout
 
+from .dilation import Pad, keep_resolution
 from .table import MODELS, REFUSED
 
 
@@ -42,6 +43,7 @@ class TorchvisionBackbone(Backbone):
     block_pattern = r"^stages\.(\d+)\.(\d+)"
     overwrites = True
     global_pools = POOLS
+    output_strides = (8, 16, 32)
 
     def __init__(
         self,
@@ -53,12 +55,13 @@ class TorchvisionBackbone(Backbone):
         family = MODELS[model].family
         if family == "VGG":  # whose classifier reads 7 x 7 cells
             self.global_pools = tuple(kind for kind in POOLS if kind)
-        self.output_strides = MODELS[model].output_strides
         super().__init__(channels=channels, **options)
         self.model = model
 
         net = _build(model, _arguments(model, family, self.output_stride, norm_layer))
         cut = _CUTS[family](net)
+        if not (family == "MobileNetV3" and self.output_stride == 16):
+            cut.stages = keep_resolution(cut.stages, self.dilations)
         if family == "GoogLeNet":  # its poolings have no padding, and drop what 2 does not divide
             self.size_divisor = 32
         depths = [sum(map(_has_branch, stage)) for stage in cut.stages]
@@ -149,11 +152,8 @@ def _arguments(
         arguments["norm_layer"] = norm_layer
     if family == "GoogLeNet":
         arguments |= {"aux_logits": False, "init_weights": True}
-    if output_stride < 32:
-        if family == "MobileNetV3":
-            arguments["dilated"] = True
-        else:
-            arguments["replace_stride_with_dilation"] = [False, output_stride < 16, True]
+    if family == "MobileNetV3":
+        arguments["dilated"] = output_stride == 16  # as torchvision's segmenters have it
     return arguments
 
 
@@ -339,17 +339,6 @@ _CUTS: Mapping[str, Callable[[nn.Module], _Cut]] = {
     "VGG": _cut_vgg,
     "Wide ResNet": _cut_resnet,
 }
-
-
-class Pad(nn.Module):
-    """Zero-pads (B, C, H, W) at the right and bottom to what the next layer divides."""
-
-    def __init__(self, multiple: int):
-        super().__init__()
-        self.multiple = multiple
-
-    def forward(self, x: Tensor) -> Tensor:
-        return pad_to_multiple(x, self.multiple)
 
 
 class _ChannelsLast(Blocks):

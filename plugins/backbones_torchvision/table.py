@@ -27,13 +27,6 @@ class Model(NamedTuple):
     params: float
     gmacs: float
 
-    @property
-    def output_strides(self) -> tuple[int, ...]:
-        """What torchvision can dilate: bottlenecks of any stage, and the last stage of MobileNetV3."""
-        if self.family in ("ResNet", "ResNeXt", "Wide ResNet") and self.channels[0] == 256:
-            return (8, 16, 32)
-        return (16, 32) if self.family == "MobileNetV3" else (32,)
-
 
 class Family(NamedTuple):
     paper: str

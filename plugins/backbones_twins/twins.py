@@ -15,6 +15,7 @@ from backbones.layers import (
     Dropout,
     Layer,
     Mlp,
+    PatchEmbed,
     SpatialReductionAttention,
     TableCache,
     attend,
@@ -22,7 +23,6 @@ from backbones.layers import (
     init_conv,
     init_linear,
     layer_norm_2d,
-    pad_to_multiple,
     residual,
 )
 from backbones.layers.padding import is_exporting
@@ -76,6 +76,7 @@ class Twins(Backbone):
     stem_pattern = r"^stages\.0\.embed"
     key_layouts = (OFFICIAL, OPENMMLAB, OPENMMLAB_CLASSIFIER)
     new_parts = ("head", "out_norms", "stage_norms")
+    output_strides = (8, 16, 32)
 
     def __init__(
         self,
@@ -93,21 +94,21 @@ class Twins(Backbone):
         self.stages = nn.ModuleList(
             self.wanted(
                 Stage(
-                    embed=PatchEmbed(dims[i - 1], dims[i], 2) if i else PatchEmbed(self.in_chans, dims[0], 4),
+                    embed=PatchEmbed(*((dims[i - 1], dims[i], 2) if i else (self.in_chans, dims[0], 4)), dilation),
                     blocks=[
                         Block(
                             dims[i],
-                            attn=WindowAttention(dims[i], heads[i], window_size)
+                            attn=WindowAttention(dims[i], heads[i], dilation * window_size)
                             if window_size and j % 2 == 0
                             else SpatialReductionAttention(dims[i], heads[i], sr_ratios[i]),
                             mlp_ratio=mlp_ratios[i],
                             drop_path=rate,
-                            position=PositionEncoding(dims[i]) if j == 0 else nn.Identity(),
+                            position=PositionEncoding(dims[i], dilation) if j == 0 else nn.Identity(),
                         )
                         for j, rate in enumerate(drop_path[i])
                     ],
                 )
-                for i in range(4)
+                for i, dilation in enumerate(self.dilations)
             )
         )
         self.in_trunk = self.out_norm and self.features_only and window_size is not None
@@ -143,24 +144,11 @@ class Stage(nn.Module):
     def __init__(self, embed: nn.Module, blocks: Sequence[nn.Module]):
         super().__init__()
         self.embed = embed
+        self.pos_drop = Dropout("pos_drop_rate")
         self.blocks = Blocks(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(self.embed(x)).permute(0, 3, 1, 2)
-
-
-class PatchEmbed(nn.Module):
-    """Patches that do not overlap: (B, C_in, H, W) -> (B, H / stride, W / stride, dim)."""
-
-    def __init__(self, in_chans: int, dim: int, stride: int):
-        super().__init__()
-        self.stride = stride
-        self.proj = nn.Conv2d(in_chans, dim, stride, stride)
-        self.norm = nn.LayerNorm(dim, eps=1e-5)
-        self.pos_drop = Dropout("pos_drop_rate")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pos_drop(self.norm(self.proj(pad_to_multiple(x, self.stride)).permute(0, 2, 3, 1)))
+        return self.blocks(self.pos_drop(self.embed(x))).permute(0, 3, 1, 2)
 
 
 class Block(Layer):
@@ -183,9 +171,9 @@ class Block(Layer):
 class PositionEncoding(Layer):
     """Depth-wise 3 x 3 convolution with a residual, on maps (B, H, W, C): zeros around the map tell where it ends."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, dilation: int):
         super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.conv = nn.Conv2d(dim, dim, 3, padding=dilation, dilation=dilation, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return residual(x, self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), spare=self.fast)

@@ -63,19 +63,19 @@ class HybridVisionTransformer(VisionTransformer):
         return maps
 
     def levels(
-        self, pyramid: str, dim: int, patch_size: int, depth: int, taps: Sequence[int]
+        self, pyramid: str, dim: int, patch_stride: int, output_stride: int, depth: int, taps: Sequence[int]
     ) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
         if pyramid != "stages":
-            return super().levels(pyramid, dim, patch_size, depth, taps)
-        fine = [stride < patch_size for stride in STRIDES]
+            return super().levels(pyramid, dim, patch_stride, output_stride, depth, taps)
+        fine = [i + 1 < len(self.cnn_depths) for i in range(len(STRIDES))]
         channels = tuple(64 * stride if is_fine else dim for stride, is_fine in zip(STRIDES, fine, strict=True))
         return channels, STRIDES, tuple(0 if is_fine else depth for is_fine in fine)
 
     def make_patch_embed(self, dim: int, patch_size: int, conv_stem: None) -> nn.Module:
         last = self.out_indices[-1]
         if self.features_only and not self.taps[last]:
-            return HybridEmbed(self.in_chans, self.cnn_depths[: last + 1])
-        return HybridEmbed(self.in_chans, self.cnn_depths, dim)
+            return HybridEmbed(self.in_chans, self.cnn_depths[: last + 1], self.dilations)
+        return HybridEmbed(self.in_chans, self.cnn_depths, self.dilations, dim)
 
     def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
         return {
@@ -96,9 +96,9 @@ class HybridVisionTransformer(VisionTransformer):
 class HybridEmbed(nn.Module):
     """A ResNet and the projection of its last map to the width of a transformer, unless `dim` is None."""
 
-    def __init__(self, in_chans: int, depths: Sequence[int], dim: int | None = None):
+    def __init__(self, in_chans: int, depths: Sequence[int], dilations: Sequence[int], dim: int | None = None):
         super().__init__()
-        self.backbone = ResNet(in_chans, depths)
+        self.backbone = ResNet(in_chans, depths, dilations)
         self.proj = nn.Conv2d(64 * STRIDES[len(depths) - 1], dim, 1) if dim else None
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
@@ -108,18 +108,23 @@ class HybridEmbed(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Images (B, in_chans, H, W) to a list of maps (B, 64 * s, ceil(H / s), ceil(W / s)) of strides s = 4, 8, ..."""
+    """Images (B, in_chans, H, W) to a list of maps (B, 64 * s, ceil(H / s), ceil(W / s)) of strides s = 4, 8, ...
 
-    def __init__(self, in_chans: int, depths: Sequence[int]):
+    Where a stage has a dilation above 1, its map and those that follow are as fine as the one before.
+    """
+
+    def __init__(self, in_chans: int, depths: Sequence[int], dilations: Sequence[int]):
         super().__init__()
         stem = OrderedDict(conv=StdConv(in_chans, 64, 7, 2), norm=GroupNorm(64, act=True), pool=MaxPool())
         self.stem = nn.Sequential(stem)
         self.stages = nn.ModuleList()
         width = 64
-        for depth, stride in zip(depths, STRIDES, strict=False):
+        for depth, stride, dilation in zip(depths, STRIDES, dilations, strict=False):
             out_width = 64 * stride
-            first = Bottleneck(width, out_width, stride=1 if stride == 4 else 2, shortcut=True)
-            blocks = Blocks(first, *(Bottleneck(out_width, out_width) for _ in range(depth - 1)))
+            step = 1 if stride == 4 or dilation > 1 else 2
+            first = Bottleneck(width, out_width, step, max(1, dilation // 2), shortcut=True)
+            rest = (Bottleneck(out_width, out_width, dilation=dilation) for _ in range(depth - 1))
+            blocks = Blocks(first, *rest)
             self.stages.append(nn.Sequential(OrderedDict(blocks=blocks)))
             width = out_width
 
@@ -135,12 +140,12 @@ class ResNet(nn.Module):
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions with their norms, beside a shortcut that has its own where the shape changes."""
 
-    def __init__(self, in_chans: int, out_chans: int, stride: int = 1, shortcut: bool = False):
+    def __init__(self, in_chans: int, out_chans: int, stride: int = 1, dilation: int = 1, shortcut: bool = False):
         super().__init__()
         width = out_chans // 4
         self.conv1 = StdConv(in_chans, width, 1)
         self.norm1 = GroupNorm(width, act=True)
-        self.conv2 = StdConv(width, width, 3, stride)
+        self.conv2 = StdConv(width, width, 3, stride, dilation)
         self.norm2 = GroupNorm(width, act=True)
         self.conv3 = StdConv(width, out_chans, 1)
         self.norm3 = GroupNorm(out_chans)
@@ -165,8 +170,9 @@ class StdConv(nn.Conv2d):
     #: Whether the weight is standardised already, because it does not change any more.
     standardised = False
 
-    def __init__(self, in_chans: int, out_chans: int, kernel: int, stride: int = 1):
-        super().__init__(in_chans, out_chans, kernel, stride, kernel // 2 if stride == 1 else 0, bias=False)
+    def __init__(self, in_chans: int, out_chans: int, kernel: int, stride: int = 1, dilation: int = 1):
+        padding = kernel // 2 * dilation if stride == 1 else 0
+        super().__init__(in_chans, out_chans, kernel, stride, padding, dilation, bias=False)
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,7 +180,7 @@ class StdConv(nn.Conv2d):
         if stride > 1 and kernel > 1:
             x = pad_same(x, kernel, stride)
         weight = self.weight if self.standardised else self.standardise()
-        return F.conv2d(x, weight, None, self.stride, self.padding)
+        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation)
 
     def standardise(self) -> Tensor:
         """The weight that it runs with."""

@@ -12,27 +12,17 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import DropPath, LayerScale, resample_abs_pos_embed, to_2tuple
+from timm.layers import resample_abs_pos_embed, to_2tuple
 from torch import Tensor, nn
 
 from backbones.errors import InputError, WeightsError
-from backbones.layers import (
-    Attention,
-    Dropout,
-    Layer,
-    Mlp,
-    TableCache,
-    attend,
-    init_linear,
-    residual,
-    run_blocks,
-    window_partition,
-    window_unpartition,
-)
+from backbones.layers import Dropout, TableCache, init_linear, run_blocks
 from backbones.pyramid import Pyramid
 from backbones.weights import KeyLayout
 
+from .blocks import Block
 from .classifier import TokenClassifier
+from .patches import ConvStem, PatchEmbed
 
 STRIDES = (4, 8, 16, 32)
 
@@ -107,6 +97,7 @@ class VisionTransformer(TokenClassifier):
             quarter of the depth unless given.
         global_pool: of the classifier: "token", any of `backbones.layers.POOLS` over the patches, or "both" (the
             concatenation of token and average).
+        output_stride: as in `backbones.Backbone`; below `patch_size`, patches overlap, and positions lie closer.
         **options: those of `backbones.Backbone`; `out_norm=True` applies the final norm before the pyramid.
     """
 
@@ -124,6 +115,7 @@ class VisionTransformer(TokenClassifier):
         (r"q_bias$|v_bias$|relative_position", "of BEiT", "use timm/beit... instead"),
         (r"\.mlp\.(w\d+|fc1_g|gate)", "of SwiGLU layers", "use timm's variant instead"),
     )
+    output_strides = (8, 16, 32)
     #: What `pyramid` may be.
     pyramids: ClassVar[tuple[str, ...]] = ("simple", "taps", "plain")
 
@@ -141,13 +133,14 @@ class VisionTransformer(TokenClassifier):
         no_embed_class: bool = False,
         init_values: float | None = None,
         qk_norm: bool = False,
-        conv_stem: Sequence[int | tuple[int, int]] | None = None,
+        conv_stem: ConvStem | None = None,
         representation_size: int | None = None,
         pyramid: str = "simple",
         taps: Sequence[int] | None = None,
         window_size: int = 0,
         global_blocks: Sequence[int] | None = None,
         global_pool: str = "token",
+        output_stride: int = 32,
         **options: Any,
     ):
         if pyramid not in self.pyramids:
@@ -156,12 +149,18 @@ class VisionTransformer(TokenClassifier):
         taps = tuple(taps) if taps else tuple(max(1, round(depth * share)) for share in (1 / 3, 1 / 2, 2 / 3, 1))
         if len(taps) != 4 or list(taps) != sorted(taps) or not 1 <= taps[0] <= taps[-1] <= depth:
             raise InputError(f"taps={taps} must be four ascending blocks from 1 to {depth}")
-        channels, strides, taps = self.levels(pyramid, dim, patch_size, depth, taps)
+        #: Pixels from patch to patch; below `patch_size`, patches overlap.
+        self.patch_stride = patch_size
+        while self.patch_stride > output_stride in (8, 16):
+            self.patch_stride //= 2
+        channels, strides, taps = self.levels(pyramid, dim, self.patch_stride, output_stride, depth, taps)
         self.class_token = class_token
         self.distilled = distilled
-        super().__init__(channels=channels, strides=strides, global_pool=global_pool, **options)
+        super().__init__(
+            channels=channels, strides=strides, global_pool=global_pool, output_stride=output_stride, **options
+        )
         self.num_features = dim
-        self.size_divisor = patch_size
+        self.size_divisor = self.patch_stride
         self.pyramid_kind = pyramid
         self.no_embed_class = no_embed_class
         self.representation_size = representation_size
@@ -214,7 +213,7 @@ class VisionTransformer(TokenClassifier):
                 self.norm = nn.LayerNorm(dim, eps=1e-6)
             if pyramid != "plain":
                 own = [stride for i, stride in zip(self.out_indices, self.strides, strict=True) if taps[i]]
-                self.pyramid = Pyramid(dim, patch_size, own, halve=pyramid == "simple")
+                self.pyramid = Pyramid(dim, self.patch_stride, own, halve=pyramid == "simple")
         self.apply(init_linear)
         if built:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -273,21 +272,19 @@ class VisionTransformer(TokenClassifier):
         return [stem, *(list(self.blocks[a:b]) for a, b in pairwise(bounds))]
 
     def levels(
-        self, pyramid: str, dim: int, patch_size: int, depth: int, taps: Sequence[int]
+        self, pyramid: str, dim: int, patch_stride: int, output_stride: int, depth: int, taps: Sequence[int]
     ) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
         """Of each map: width, stride, and the block, counted from 1, that it comes from; 0 for none.
 
         Called before anything is built.
         """
-        strides = (patch_size,) if pyramid == "plain" else STRIDES
-        channels = Pyramid.channels(dim, patch_size, strides, halve=pyramid == "simple")
+        strides = (patch_stride,) if pyramid == "plain" else tuple(min(s, output_stride) for s in STRIDES)
+        channels = Pyramid.channels(dim, patch_stride, strides, halve=pyramid == "simple")
         return channels, strides, taps if pyramid == "taps" else (depth,) * len(strides)
 
-    def make_patch_embed(
-        self, dim: int, patch_size: int, conv_stem: Sequence[int | tuple[int, int]] | None
-    ) -> nn.Module:
+    def make_patch_embed(self, dim: int, patch_size: int, conv_stem: ConvStem | None) -> nn.Module:
         """What turns images into patches (B, h, w, dim)."""
-        return PatchEmbed(self.in_chans, dim, patch_size, conv_stem)
+        return PatchEmbed(self.in_chans, dim, patch_size, self.patch_stride, conv_stem)
 
     def make_out_norm(self, channels: int) -> nn.Module:
         return nn.Identity()  # the final norm stands before the pyramid
@@ -332,78 +329,3 @@ class VisionTransformer(TokenClassifier):
             tokens = [torch.cat(tokens, dim=1) + positions[:, : self.prefix_tokens]]
             x = x + positions[:, self.prefix_tokens :]
         return torch.cat([*(t.expand(batch, -1, -1) for t in tokens), x], dim=1)
-
-
-class PatchEmbed(nn.Module):
-    """Images (B, C, H, W) to patches (B, H / patch_size, W / patch_size, dim)."""
-
-    def __init__(self, in_chans: int, dim: int, patch_size: int, conv_stem: Sequence[int | tuple[int, int]] | None):
-        super().__init__()
-        self.convs = nn.Sequential()
-        if not conv_stem:
-            self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
-            return
-        steps = [step if isinstance(step, Sequence) else (step, 2) for step in conv_stem]
-        if math.prod(stride for _, stride in steps) != patch_size:
-            raise InputError(f"conv_stem={conv_stem}: strides must multiply to patch_size={patch_size}")
-        for width, stride in steps:
-            conv = nn.Conv2d(in_chans, width, 3, stride, 1, bias=False)
-            self.convs.append(nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU()))
-            in_chans = width
-        self.proj = nn.Conv2d(in_chans, dim, 1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.proj(self.convs(images)).permute(0, 2, 3, 1)
-
-
-class NormedAttention(Attention):
-    """Attention whose queries and keys are normed, head by head (Dehghani et al., https://arxiv.org/abs/2302.05442)."""
-
-    def __init__(self, dim: int, heads: int):
-        super().__init__(dim, heads)
-        self.q_norm = nn.LayerNorm(dim // heads, eps=1e-6)
-        self.k_norm = nn.LayerNorm(dim // heads, eps=1e-6)
-
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self.qkv(x).chunk(3, dim=-1))
-        q, k = self.q_norm(q), self.k_norm(k)
-        x = attend(*(part.flatten(-2) for part in (q, k, v)), self.heads, bias, self.fast, self.attn_drop.rate)
-        return self.proj_drop(self.proj(x))
-
-
-class Block(Layer):
-    """Pre-norm attention and MLP, on tokens (B, N, dim) or, without prefix tokens, maps (B, h, w, dim)."""
-
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        mlp_ratio: float,
-        init_values: float | None,
-        drop_path: float,
-        window: int,
-        qk_norm: bool = False,
-    ):
-        super().__init__()
-        self.window = window
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = NormedAttention(dim, heads) if qk_norm else Attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.ls1 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
-        self.ls2 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = residual(x, self.drop_path(self.ls1(self.attend(self.norm1(x)))), spare=self.fast)
-        return residual(x, self.drop_path(self.ls2(self.mlp(self.norm2(x)))), spare=self.fast)
-
-    def attend(self, x: Tensor) -> Tensor:
-        """Attention among all tokens or, in maps larger than a window, within windows."""
-        if x.ndim == 3:
-            return self.attn(x)
-        batch, height, width, _ = x.shape
-        if not self.window or max(height, width) <= self.window:
-            return self.attn(x.flatten(1, 2)).reshape(x.shape)
-        windows = self.attn(window_partition(x, self.window))
-        return window_unpartition(windows, self.window, batch, height, width)
