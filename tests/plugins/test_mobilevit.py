@@ -50,6 +50,13 @@ def test_logits_and_maps_equal_timm(name, assert_equals_timm):
     assert_equals_timm(name, name, sizes, maps=stage_outputs)
 
 
+@pytest.mark.parametrize("output_stride", [8, 16])
+@smallest
+def test_dilated_maps_equal_timm(name, output_stride, assert_equals_timm):
+    options = {"output_stride": output_stride}
+    assert_equals_timm(name, name, [(128, 192)], maps=stage_outputs, timm_options=options, **options)
+
+
 def test_odd_maps_of_v2_keep_their_size_and_equal_timm_up_to_there(randomise, load_pair, assert_equals_reference):
     reference = randomise(timm.create_model("mobilevitv2_050"))
     classifier, backbone = load_pair("mobilevitv2_050", reference)

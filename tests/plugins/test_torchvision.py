@@ -112,7 +112,6 @@ def test_channels_strides_and_parameters_are_those_of_the_installed_torchvision(
     assert [m.shape[1] for m in maps] == list(info.channels)
     assert [tuple(m.shape[2:]) for m in maps] == [(64 // s, 96 // s) for s in info.strides]
     assert round(count(classifier) / 1e6, 2) == info.params
-    assert ("output_stride" in info.options) is (len(model.output_strides) > 1)
 
 
 @pytest.mark.parametrize("name", [*(f"torchvision/{name}" for name in (*MODELS, *ELSEWHERE)), *OURS])
@@ -212,12 +211,6 @@ def test_mobilenet_v3_dilates_as_in_torchvisions_segmenters(original, tmp_path, 
     images = torch.randn(1, 3, 97, 65)
     with torch.no_grad():
         assert_equals_reference("last map", ours(images)[-1], theirs.features(images))
-
-
-@pytest.mark.parametrize(("name", "output_stride"), [("resnet18", 16), ("mobilenet_v3_small", 8), ("swin_t", 16)])
-def test_an_output_stride_that_torchvision_lacks_is_refused(name, output_stride):
-    with pytest.raises(InputError, match=f"output_stride={output_stride} is not supported; choose from"):
-        build_backbone(f"torchvision/{name}", output_stride=output_stride)
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
