@@ -8,7 +8,7 @@ from .checkpointing import checkpoint, hold_statistics, release_statistics
 from .conv import ConvNorm, init_conv, pad_same
 from .dropout import DROPOUTS, Dropout, set_dropouts
 from .fast import FastConv, FastLinear, fuse, is_plain
-from .head import POOLS, PreLogits, over_channels, pool
+from .head import POOLS, PreLogits, over_channels, pool, pool_tokens
 from .hooks import hooks_kept
 from .inference import Layer, fold_norm, fold_norm_before, fold_sequence, scale_outputs
 from .linear import Mlp, init_linear
@@ -62,6 +62,7 @@ __all__ = [
     "pad_same",
     "pad_to_multiple",
     "pool",
+    "pool_tokens",
     "release_statistics",
     "residual",
     "run_blocks",

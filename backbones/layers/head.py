@@ -26,6 +26,22 @@ def pool(x: Tensor, kind: str, dims: int | Sequence[int] = (2, 3)) -> Tensor:
     return (average + peak) / 2 if kind == "avgmax" else torch.cat((average, peak), dim=-1)
 
 
+def pool_tokens(x: Tensor, kind: str, prefix: int = 1) -> Tensor:
+    """Tokens (B, prefix + cells, C), that of the class first, as vectors.
+
+    Args:
+        x: what is pooled.
+        kind: as in `pool`, over the cells; "token" takes that of the class, and "both" (2 * C) its and the average.
+        prefix: tokens that are no cells.
+    """
+    if kind == "token":
+        return x[:, 0]
+    if not kind:
+        return x
+    cells = x[:, prefix:]
+    return torch.cat((x[:, 0], cells.mean(1)), dim=-1) if kind == "both" else pool(cells, kind, dims=1)
+
+
 def over_channels(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """A layer for vectors (B, C) on those or, cell by cell, on maps (B, C, h, w)."""
     return layer(x) if x.ndim == 2 else layer(x.movedim(1, -1)).movedim(-1, 1)

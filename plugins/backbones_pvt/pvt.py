@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from backbones.backbone import Backbone
 from backbones.errors import InputError
 from backbones.layers import (
+    POOLS,
     Blocks,
     Dropout,
     Layer,
@@ -23,6 +24,7 @@ from backbones.layers import (
     ceil_div,
     init_conv,
     init_linear,
+    pool_tokens,
     residual,
 )
 from backbones.layers.padding import is_exporting
@@ -110,12 +112,13 @@ class PyramidVisionTransformer(Backbone):
         mlp_ratios: hidden width of each stage's MLP over its width.
         img_size: side, or (height, width), of the images that the position tables are made for; for maps of other
             sizes they are interpolated bilinearly, as the official code does.
+        global_pool: of the classifier: "token", any of `backbones.layers.POOLS` over the cells, or "both".
         **options: those of `backbones.Backbone`.
     """
 
     stem_pattern = r"^stages\.0\.(?:embed|pos_embed)"
     key_layouts = (OFFICIAL, OPENMMLAB, TRANSFORMERS)
-    global_pools = ("token", "avg")
+    global_pools = ("token", "both", *POOLS)
     output_strides = (8, 16, 32)
 
     def __init__(
@@ -162,8 +165,7 @@ class PyramidVisionTransformer(Backbone):
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits (B, num_classes) of tokens (B, 1 + cells, C), that of the class first; or what the head sees."""
-        x = features[:, 0] if self.global_pool == "token" else features[:, 1:].mean(1)
-        x = F.dropout(x, self.drop_rate, self.training)
+        x = F.dropout(pool_tokens(features, self.global_pool), self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
 
     def make_norm(self) -> nn.Module:

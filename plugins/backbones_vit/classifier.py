@@ -2,12 +2,11 @@
 
 from collections import OrderedDict
 
-import torch
 from torch import Tensor, nn
 
 from backbones.backbone import Backbone
 from backbones.errors import InputError
-from backbones.layers import POOLS, init_linear, pool
+from backbones.layers import POOLS, init_linear, pool_tokens
 from backbones.weights import KeyLayout
 
 
@@ -36,7 +35,8 @@ class TokenClassifier(Backbone):
                 if self.training:
                     return tuple(pair)
             return (pair[0] + pair[1]) / 2
-        x = self._drop(self.pre_logits(self.fc_norm(self._pool(features))))
+        pooled = pool_tokens(features, self.global_pool, self.prefix_tokens)
+        x = self._drop(self.pre_logits(self.fc_norm(pooled)))
         return x if pre_logits else self.head(x)
 
     def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
@@ -78,16 +78,6 @@ class TokenClassifier(Backbone):
         if isinstance(getattr(self, "fc_norm", None), nn.LayerNorm):
             return KeyLayout(layout.name, (*layout.renames, (r"^norm\.", "fc_norm.")), layout.prepare)
         return layout
-
-    def _pool(self, features: Tensor) -> Tensor:
-        if self.global_pool == "token":
-            return features[:, 0]
-        if not self.global_pool:
-            return features
-        patches = features[:, self.prefix_tokens :]
-        if self.global_pool == "both":
-            return torch.cat((features[:, 0], patches.mean(1)), dim=-1)
-        return pool(patches, self.global_pool, dims=1)
 
     def _drop(self, x: Tensor) -> Tensor:
         return nn.functional.dropout(x, self.drop_rate, self.training)

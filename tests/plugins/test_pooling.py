@@ -14,7 +14,7 @@ from backbones.weights import load_weights
 KINDS = [kind for kind in POOLS if kind]
 # one of each family that pools maps, and of torchvision's classifiers that have layers after pooling
 MAPS = [
-    *(name for name in smallest_of_each_family(list_backbones()) if not name.startswith(("vit", "deit"))),
+    *(name for name in smallest_of_each_family(list_backbones()) if not name.startswith(("vit", "deit", "pvt_tiny"))),
     *("torchvision/resnet18", "torchvision/mobilenet_v3_small"),
 ]
 SHALLOW = {"mobilevit_xxs": {"depths": (1, 1, 1)}, "mobilevitv2_050": {"depths": (1, 1, 1)}}

@@ -153,14 +153,19 @@ def test_norms_have_the_epsilons_of_the_official_code():
     assert len(coarse) == 4 + 6  # no reduction in the last stage
 
 
-def test_class_token_and_average_are_what_the_classifier_pools():
-    model = build_backbone("pvt_tiny", features_only=False, global_pool="avg").eval()
+def test_class_token_and_cells_are_what_the_classifier_pools():
+    model = build_backbone("pvt_tiny", features_only=False, global_pool="both").eval()
     images = torch.randn(1, 3, 64, 64)
-    tokens = model.forward_features(images)
-    assert tokens.shape == (1, 1 + 4, 512)
-    torch.testing.assert_close(model.forward_head(tokens, pre_logits=True), tokens[:, 1:].mean(1))
-    model.reset_classifier(7, "token")
-    torch.testing.assert_close(model(images), model.head(tokens[:, 0]))
+    with torch.inference_mode():
+        tokens = model.forward_features(images)
+        assert tokens.shape == (1, 1 + 4, 512)
+        both = torch.cat((tokens[:, 0], tokens[:, 1:].mean(1)), 1)
+        torch.testing.assert_close(model.forward_head(tokens, pre_logits=True), both)
+        torch.testing.assert_close(model(images), model.head(both))
+        model.reset_classifier(7, "max")
+        torch.testing.assert_close(model(images), model.head(tokens[:, 1:].amax(1)))
+        model.reset_classifier(7, "")
+        assert model(images).shape == (1, 5, 7)
 
 
 def test_a_class_token_cannot_be_reduced():
