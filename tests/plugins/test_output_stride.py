@@ -12,7 +12,10 @@ from backbones.testing import check_backbone, smallest_of_each_family
 from backbones_torchvision.table import MODELS
 
 FAMILIES = smallest_of_each_family(list_backbones())
-TORCHVISION = [f"torchvision/{name}" for name in {model.family: name for name, model in MODELS.items()}.values()]
+TORCHVISION = [
+    f"torchvision/{name}"
+    for name in {model.family: name for name, model in sorted(MODELS.items(), key=lambda m: -m[1].params)}.values()
+]
 PLAIN = ("vit_tiny_patch16", "deit_tiny_patch16", "deit3_small_patch16")
 QUICK = ("pvt_v2_b0", "edgevit_xxs", "torchvision/mobilenet_v2", "torchvision/resnet18")
 
