@@ -1,7 +1,7 @@
 """Models of transformers on any backbone."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -71,7 +71,37 @@ def build_head(
             raise InputError(f"{architecture} with {dict(options)}: {type(error).__name__}: {error}") from error
         if head.joined:
             join_maps(model, config)
+    _look_up_listed(model)
     return model
+
+
+class Listed(Sequence[nn.Module]):
+    """Parts of a module in an order of their own, looked up whenever they are called: they may have been replaced.
+
+    Args:
+        owner: the module.
+        names: what its parts are called.
+    """
+
+    def __init__(self, owner: nn.Module, names: Sequence[str]):
+        self.owner, self.names = owner, list(names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self.owner.get_submodule(name) for name in self.names[index]]
+        return self.owner.get_submodule(self.names[index])
+
+
+def _look_up_listed(model: nn.Module) -> None:
+    """Turns transformers' plain lists of submodules, which adapters, quantisation and copies pass by, into `Listed`."""
+    for module in model.modules():
+        names = {part: name for name, part in module.named_children()}
+        for attribute, value in list(vars(module).items()):
+            if isinstance(value, list) and value and all(isinstance(p, nn.Module) and p in names for p in value):
+                setattr(module, attribute, Listed(module, [names[part] for part in value]))
 
 
 def backbone_path(model: nn.Module) -> str:

@@ -172,6 +172,21 @@ def test_saved_copied_and_made_fast_it_says_the_same(architecture, tmp_path):
     assert [name for name, p in loaded.named_parameters() if not p.requires_grad] == frozen
 
 
+@pytest.mark.parametrize("architecture", SEGMENTERS)
+def test_a_part_that_is_replaced_is_the_one_that_runs(architecture):
+    """LoRA and quantisation put layers of their own in the place of convolutions and linear layers."""
+    model, images = segmenter(architecture).eval(), torch.rand(1, 3, 64, 64)
+    called, layers = set(), {}
+    for name, module in list(model.hf.named_modules()):
+        if type(module) in (nn.Conv2d, nn.Linear) and ".backbone." not in name:
+            layers[name] = copy.deepcopy(module)
+            layers[name].register_forward_hook(lambda module, inputs, output, name=name: called.add(name))
+            model.hf.set_submodule(name, layers[name])
+    with torch.no_grad():
+        model(images)
+    assert layers.keys() == called | {name for name in layers if name.startswith("auxiliary_head")}
+
+
 def said(model, images):
     """What transformers' model says, whose order the ties of what is drawn at random do not change."""
     outputs = []
