@@ -211,7 +211,11 @@ class CommandLine(LightningCLI):
         trainer = self.config.trainer
         if trainer.max_epochs == -1 and trainer.max_steps == -1 and self.claim_run:
             raise InputError("trainer.max_epochs=-1 has no end, which the schedule needs: set max_epochs or max_steps")
+        if not self.claim_run:  # the teacher need not be there any more
+            self.config.model.teacher = self.config.model.distill = None
         self.task.check_options(self.config.model)
+        if self.claim_run and trainer.max_epochs > 0 and trainer.max_steps == -1:
+            self.task.check_schedule(self.config.model, trainer.max_epochs)
 
     def instantiate_classes(self) -> None:
         """With a checkpoint, the weights that it began with are not read, and need not be there any more."""

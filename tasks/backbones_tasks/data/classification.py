@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import Dataset
@@ -16,13 +16,15 @@ from .folders import DataError, tell_others
 from .images import IMAGE_SUFFIXES, JUNK, UNREADABLE, each_in_threads, find_files
 from .layouts import SPLIT_NAMES
 from .loading import DataModule, held_out, jitter, seeded
+from .published import Published, find_published
 from .reading import Bands, Range, Reading, to_unit
 from .segmentation import ShapesOptions
 from .shapes import SHAPES, draw_scene
+from .strong import Policy, Strong
 
 SPLITS = ("train", "val", "test")
 
-Item = tuple[Path, int]
+Item = tuple[Any, int]  # a file, or a number, and a class
 
 
 class ImageFolderDataset(Dataset):
@@ -88,6 +90,29 @@ class ImageFolderDataset(Dataset):
         raise DataError(f"none of {len(self)} images can be read, {self.items[0][0]} among them")
 
 
+class PublishedDataset(ImageFolderDataset):
+    """Images of one of torchvision's data sets, like `ImageFolderDataset`; the items are indices and classes."""
+
+    def __init__(self, published: Published, split: str, items: list[tuple[int, int]], *options: Any):
+        super().__init__(items, *options)
+        self.published, self.split = published, split
+
+    def name(self, index: int) -> str:
+        return f"{self.published.kind} {self.split} {self.items[index][0]}"
+
+    @property
+    def files(self) -> list[Path]:
+        """None that are known."""
+        return []
+
+    def _read(self, index: int) -> tuple[torch.Tensor, int]:
+        number, label = self.items[index]
+        try:
+            return self.published.image(self.split, number), label
+        except UNREADABLE as error:
+            raise DataError(f"{self.published.root}: {self.name(index)} cannot be read: {error}") from error
+
+
 class SingleShapes(Dataset):
     """Pictures of one shape each as (image, class), like `ImageFolderDataset`; each split has seeds of its own."""
 
@@ -121,28 +146,18 @@ def training_transform(
     color_jitter: float,
     strong: Sequence[v2.Transform] = (),
     channels: int = 3,
+    padding: int | None = None,
 ) -> v2.Transform:
-    """A random part of the image, resized to `size` x `size`, horizontal flip, colour jitter, and `strong` at last."""
-    steps: list[v2.Transform] = [
-        v2.RandomResizedCrop(size, scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
-        v2.RandomHorizontalFlip(flip),
-    ]
-    return v2.Compose([*steps, *jitter(color_jitter, channels), *strong])
+    """A random part of the image, resized to `size` x `size`, horizontal flip, colour jitter, and `strong` at last.
 
-
-def strong_augmentation(
-    policy: str | None, operations: int, magnitude: int, erasing: float, fill: Sequence[float]
-) -> list[v2.Transform]:
-    """RandAugment or TrivialAugment, where asked for, and random erasing; `ClassificationData` tells the options."""
-    steps: list[v2.Transform] = []
-    common = {"interpolation": v2.InterpolationMode.BILINEAR, "fill": list(fill)}
-    if policy == "randaugment":
-        steps.append(v2.RandAugment(operations, magnitude, **common))
-    elif policy == "trivialaugment":
-        steps.append(v2.TrivialAugmentWide(**common))
-    if erasing:
-        steps.append(v2.RandomErasing(erasing, value=list(fill)))
-    return steps
+    With `padding`, it is one of `size` x `size` of the image, brought to that and padded by black on all sides.
+    """
+    bicubic = {"interpolation": v2.InterpolationMode.BICUBIC, "antialias": True}
+    if padding is None:
+        part = [v2.RandomResizedCrop(size, scale, **bicubic)]
+    else:
+        part = [v2.Resize(size, **bicubic), v2.RandomCrop(size, padding)]
+    return v2.Compose([*part, v2.RandomHorizontalFlip(flip), *jitter(color_jitter, channels), *strong])
 
 
 def evaluation_transform(size: int, crop: float) -> v2.Transform:
@@ -157,10 +172,13 @@ class ClassificationData(DataModule):
     Args:
         root: a folder with `train/CLASS/*.jpg` and `val/CLASS/*.jpg` and, for testing, `test/CLASS/*.jpg`; without
             `val`, some images of each class are held out. Or a folder with a folder per class. Classes are the names of
-            the folders, sorted
+            the folders, sorted. Or NAME:DIR for one of torchvision's data sets, such as cifar10:DIR, where torchvision
+            has put it
         batch_size: images per step and device
         image_size: side in pixels of the images handed out
         scale: range of the random training crop's share of the image's area
+        padding: train on crops of `image_size` of images that are brought to that and padded by so many pixels, in
+            place of `scale`; 4 is usual for CIFAR
         flip: probability of a horizontal flip
         color_jitter: strength of the random brightness, contrast and saturation; a quarter of it for hue; 0 is off
         auto_augment: "randaugment" draws `ra_operations` of fourteen changes of geometry and colour, each at
@@ -191,9 +209,10 @@ class ClassificationData(DataModule):
         batch_size: int = 32,
         image_size: int = 224,
         scale: tuple[float, float] = (0.08, 1.0),
+        padding: int | None = None,
         flip: float = 0.5,
         color_jitter: float = 0.3,
-        auto_augment: Literal["randaugment", "trivialaugment"] | None = None,
+        auto_augment: Policy | None = None,
         ra_operations: int = 2,
         ra_magnitude: int = 9,
         random_erasing: float = 0.0,
@@ -211,25 +230,23 @@ class ClassificationData(DataModule):
         std: list[float] | None = None,
         seed: int = 0,
     ):
-        super().__init__(root, batch_size, num_workers, seed, range, bands, nodata, mean, std)
+        self.published = None if root is None else find_published(root)
+        folder = root if self.published is None else str(self.published.root)
+        super().__init__(folder, batch_size, num_workers, seed, range, bands, nodata, mean, std)
+        if self.published is not None and (range is not None or bands is not None):
+            raise DataError(f"{root}: range and bands are for files of your own")
         if not 0 < crop <= 1:
             raise DataError(f"crop={crop} must be over 0 and at most 1")
-        if ra_operations < 1 or not 0 <= ra_magnitude <= 30:
-            raise DataError(
-                f"ra_operations={ra_operations} must be at least 1, and ra_magnitude={ra_magnitude} from 0 to 30"
-            )
-        if not 0 <= random_erasing <= 1:
-            raise DataError(f"random_erasing={random_erasing} must be from 0 to 1")
+        photographs = range is None and bands is None
+        self.strong = Strong(auto_augment, ra_operations, ra_magnitude, random_erasing, photographs)
         self.image_size = shapes.size if root is None else image_size
-        self.scale, self.flip, self.color_jitter = scale, flip, color_jitter
-        if auto_augment and (range is not None or bands is not None):
-            raise DataError(
-                f"auto_augment={auto_augment} changes photographs of 8 bits; leave it out with range or bands"
-            )
-        self.strong_options = (auto_augment, ra_operations, ra_magnitude, random_erasing)
+        self.scale, self.padding, self.flip, self.color_jitter = scale, padding, flip, color_jitter
         self.crop, self.val_fraction, self.split_seed = crop, val_fraction, split_seed
         self.check, self.faults, self.shapes = check, faults, shapes
-        self.classes = list(SHAPES) if self.root is None else find_classes(self.root)
+        if self.published is not None:
+            self.classes = self.published.classes
+        else:
+            self.classes = list(SHAPES) if self.root is None else find_classes(self.root)
 
     @property
     def class_names(self) -> list[str]:
@@ -239,13 +256,15 @@ class ClassificationData(DataModule):
         """Find and check the files of the splits; `DataError` reports the faulty ones."""
         if self.root is None:
             lengths = {split: self.shapes.train if split == "train" else self.shapes.val for split in splits}
-            strong = strong_augmentation(*self.strong_options, Reading().fill)
+            strong = self.strong.steps(Reading().fill)
             strong = v2.Compose(strong) if strong else None
             return {
                 split: SingleShapes(n, self.shapes.size, split, self.seed, strong if split == "train" else None)
                 for split, n in lengths.items()
             }
 
+        if self.published is not None:
+            return self._load_published(self.published, splits)
         there = find_folders(self.root)
         held_out = "val" not in there
         folders = {split: there.get("train" if held_out and split == "val" else split) for split in splits}
@@ -275,14 +294,30 @@ class ClassificationData(DataModule):
             names = ", ".join(self.classes[label] for label in missing)
             raise DataError(f"{self.root}: no image for {split}" + (f" of {names}" if names and items else ""))
         skip = self.faults == "drop"
-        if split == "train":
-            strong = strong_augmentation(*self.strong_options, self._reading.fill)
-            transform = training_transform(
-                self.image_size, self.scale, self.flip, self.color_jitter, strong, self._reading.channels
-            )
-            return ImageFolderDataset(items, transform, self.image_size, self.seed, skip, self._reading)
-        transform = evaluation_transform(self.image_size, self.crop)
-        return ImageFolderDataset(items, transform, self.image_size, skip=skip, reading=self._reading)
+        return ImageFolderDataset(items, *self._handed_out(split), skip, self._reading)
+
+    def _handed_out(self, split: str) -> tuple[v2.Transform, int, int | None]:
+        """The transform of a split's images, their size, and the seed where it is random."""
+        if split != "train":
+            return evaluation_transform(self.image_size, self.crop), self.image_size, None
+        options = (self.scale, self.flip, self.color_jitter, self.strong.steps(self._reading.fill))
+        transform = training_transform(self.image_size, *options, self._reading.channels, self.padding)
+        return transform, self.image_size, self.seed
+
+    def _load_published(self, published: Published, splits: list[str]) -> dict[str, Dataset]:
+        """The splits of one of torchvision's data sets; some of each class are held out where there is no "val"."""
+        there = published.options
+        found = {}
+        for split in splits:
+            held_out = "val" not in there and split in ("train", "val")
+            source = "train" if held_out else split
+            if source not in there:
+                raise DataError(f"{published.root}: {published.kind} has no images of {split}, only {', '.join(there)}")
+            items = list(enumerate(published.labels(source)))
+            if held_out:
+                items = hold_out(items, self.val_fraction, self.split_seed)[split]
+            found[split] = PublishedDataset(published, source, items, *self._handed_out(split))
+        return found
 
 
 def find_folders(root: Path) -> dict[str, Path]:

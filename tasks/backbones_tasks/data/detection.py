@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
-from torchvision.ops import box_area, masks_to_boxes
 from torchvision.transforms import v2
 
 from . import rle
@@ -16,26 +15,62 @@ from .coco import CocoFiles, CocoFolder
 from .faults import Faults, Policy, count, tell
 from .folders import DataError
 from .images import UNREADABLE
-from .loading import AspectRatioBatches, DataModule, EpochSampler, held_out, jitter, seeded
+from .loading import AspectRatioBatches, DataModule, EpochSampler, held_out, seeded
+from .objects import Target, detection_augmentation, paste, sanitize, strong_steps, with_areas
 from .reading import Bands, Range, Reading, to_unit
 from .samples import Sample, check_images, ground_truth
 from .segmentation import ShapesOptions
 from .shapes import CLASSES as SHAPE_CLASSES
 from .shapes import Scene, draw_scene
+from .strong import Policy as StrongPolicy
+from .strong import Strong
 from .voc import FlatFolder, VocFolder
 from .yolo import YoloFolder
 
-Target = dict[str, Any]
 Categories = Mapping[int, tuple[int, str]]
 
 
-class DetectionDataset(Dataset):
-    """Samples as (image, target): (C, H, W) float32 in [0, 1] and what torchvision's detectors train on.
+class ObjectsDataset(Dataset):
+    """Images with objects as (image, target): (C, H, W) float32 in [0, 1] and what torchvision's detectors train on.
 
     A target has boxes (N, 4) float32 as (x0, y0, x1, y1), labels (N,) from 1, image_id, area (N,), iscrowd (N,), and
-    masks (N, H, W) uint8 if its sample has them. Crowds are in `coco()` alone. With `augment`, indices are the
-    (epoch, index) pairs of `EpochSampler`.
+    masks (N, H, W) uint8 if there are some. With `augment`, indices are the (epoch, index) pairs of `EpochSampler`.
+
+    Args:
+        seeds: of the augmentation, with the epoch and the index
     """
+
+    #: of images and targets, drawn anew in each epoch
+    augment: v2.Transform | None = None
+    #: probability that objects of another image, augmented likewise, are pasted
+    copy_paste = 0.0
+    #: whether masks are handed out, or are there for pasting alone
+    with_masks = True
+
+    def __init__(self, *seeds: int):
+        self.seeds = seeds
+
+    def read(self, epoch: int, index: int) -> tuple[tv_tensors.Image, Target]:
+        """An image of 8 bits, or in [0, 1], and its target, as they are."""
+        raise NotImplementedError
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, Target]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        image, target = self.read(epoch, index)
+        if self.augment is not None:
+            with seeded(*self.seeds, epoch, index):
+                image, target = self.augment(image, target)
+                if self.copy_paste and torch.rand(()) < self.copy_paste:
+                    other = int(torch.randint(len(self), ()))
+                    image, target = paste(image, target, *self.augment(*self.read(epoch, other)))
+            target = with_areas(target)
+        if not self.with_masks:
+            target.pop("masks", None)
+        return to_unit(image), _plain(target)
+
+
+class DetectionDataset(ObjectsDataset):
+    """Samples of annotated images; crowds are in `coco()` alone."""
 
     def __init__(
         self,
@@ -45,7 +80,8 @@ class DetectionDataset(Dataset):
         seed: int = 0,
         reading: Reading = Reading(),  # noqa: B008  (never changed)
     ):
-        self.samples, self.categories, self.augment, self.seed = samples, categories, augment, seed
+        super().__init__(seed)
+        self.samples, self.categories, self.augment = samples, categories, augment
         self.reading = reading
         self.sizes = [sample.size for sample in samples]
 
@@ -56,18 +92,9 @@ class DetectionDataset(Dataset):
         """What a sample is called, for people."""
         return str(self.samples[index].file)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, Target]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+    def read(self, epoch: int, index: int) -> tuple[tv_tensors.Image, Target]:
         sample = self.samples[index]
-        image, target = tv_tensors.Image(_read(sample, self.reading)), sample.target()
-        if self.augment is not None:
-            with seeded(self.seed, epoch, index):
-                image, target = self.augment(image, target)
-            masks = target.get("masks")
-            # summing in float32 is exact, and fifteen times as fast as in int64
-            pixels = box_area(target["boxes"]) if masks is None else masks.sum((1, 2), dtype=torch.float32)
-            target["area"] = pixels
-        return to_unit(image), _plain(target)
+        return tv_tensors.Image(_read(sample, self.reading)), sample.target()
 
     @property
     def files(self) -> list[Path]:
@@ -78,12 +105,12 @@ class DetectionDataset(Dataset):
         return ground_truth(self.samples, self.categories)
 
 
-class DetectionShapes(Dataset):
-    """Scenes of `shapes.draw_scene`, like `DetectionDataset`; each split has seeds of its own."""
+class DetectionShapes(ObjectsDataset):
+    """Scenes of `shapes.draw_scene`; each split has seeds of its own."""
 
     def __init__(self, length: int, size: int, split: str, masks: bool = False, seed: int = 0):
+        super().__init__(seed, ("train", "val", "test").index(split))
         self.length, self.size, self.masks = length, size, masks
-        self.seed = (seed, ("train", "val", "test").index(split))
         self.categories = {label: (label, name) for label, name in enumerate(SHAPE_CLASSES) if label}
         self.sizes = [(size, size)] * length
 
@@ -94,18 +121,17 @@ class DetectionShapes(Dataset):
         """What a sample is called, for people."""
         return f"drawn shapes {index}"
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, Target]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+    def read(self, epoch: int, index: int) -> tuple[tv_tensors.Image, Target]:
         scene = self._scene(epoch, index)
-        image = torch.from_numpy(scene.image).permute(2, 0, 1).float() / 255
-        return image, _plain(self._sample(scene, index).target())
+        image = tv_tensors.Image(torch.from_numpy(scene.image).permute(2, 0, 1))
+        return image, self._sample(scene, index).target()
 
     def coco(self) -> dict[str, Any]:
         """The truth about all images as they are drawn for validation, in COCO's format."""
         return ground_truth((self._sample(self._scene(0, i), i) for i in range(len(self))), self.categories)
 
     def _scene(self, epoch: int, index: int) -> Scene:
-        return draw_scene((*self.seed, epoch, index), self.size)
+        return draw_scene((*self.seeds, epoch, index), self.size)
 
     def _sample(self, scene: Scene, index: int) -> Sample:
         corners = scene.boxes.astype(np.float64)
@@ -119,45 +145,6 @@ class DetectionShapes(Dataset):
             crowd=np.zeros(len(scene.labels), dtype=bool),
             masks=rle.encode_array(scene.masks) if self.masks else None,
         )
-
-
-class CutBoxes(v2.Transform):
-    """Shrink the boxes that a crop cut to what is left of their masks, where there are masks."""
-
-    def forward(self, image: torch.Tensor, target: Target) -> tuple[torch.Tensor, Target]:
-        if not len(target.get("masks", ())):
-            return image, target
-        boxes, masks = target["boxes"], target["masks"].as_subclass(torch.Tensor)
-        seen = masks.amax((1, 2)) > 0
-        tight = torch.zeros_like(boxes.as_subclass(torch.Tensor))  # of no size, where nothing is left
-        tight[seen] = masks_to_boxes(masks[seen]) + tight.new_tensor([0, 0, 1, 1])
-        cut = torch.cat([boxes[:, :2].maximum(tight[:, :2]), boxes[:, 2:].minimum(tight[:, 2:])], dim=1)
-        return image, {**target, "boxes": tv_tensors.wrap(cut, like=boxes)}
-
-
-def detection_augmentation(
-    crop_size: int | None,
-    scale: tuple[float, float],
-    flip: float,
-    color_jitter: float,
-    reading: Reading = Reading(),  # noqa: B008  (never changed)
-) -> v2.Transform:
-    """Large-scale jitter and crop (https://arxiv.org/abs/2012.07177), horizontal flip and colour jitter.
-
-    At scale 1 an image just fits into the crop, which is padded where the image is smaller. Objects of which less
-    than a pixel is left are dropped. Without `crop_size` images stay whole.
-    """
-    steps: list[v2.Transform] = []
-    if crop_size is not None:
-        steps += [
-            v2.ScaleJitter((crop_size, crop_size), scale),
-            v2.RandomCrop(crop_size, pad_if_needed=True, fill={tv_tensors.Image: reading.fill, tv_tensors.Mask: 0}),
-            CutBoxes(),
-        ]
-    steps.append(v2.RandomHorizontalFlip(flip))
-    steps += jitter(color_jitter, reading.channels)
-    steps.append(v2.SanitizeBoundingBoxes(labels_getter=_per_object))
-    return v2.Compose(steps)
 
 
 class DetectionData(DataModule):
@@ -180,9 +167,16 @@ class DetectionData(DataModule):
         batch_size: images per step and device
         crop_size: side in pixels of the random training crops, into which an image just fits at scale 1; None trains
             on whole images, those of similar shape together
-        scale: range of the random resize before the crop
+        scale: range of the random resize before the crop; [0.1, 2.0] is what is called large-scale jitter
         flip: probability of a horizontal flip
         color_jitter: strength of the random brightness, contrast and saturation; a quarter of it for hue; 0 is off
+        auto_augment: "randaugment" draws `ra_operations` of fourteen changes of geometry and colour, each at
+            `ra_magnitude`; "trivialaugment" one, at a magnitude drawn as well; boxes and masks follow. Of shapes, too
+        ra_operations: of RandAugment, for each image
+        ra_magnitude: of RandAugment, from 0 to 30
+        random_erasing: probability that a random rectangle is painted over, with what masks and boxes have there
+        copy_paste: probability that some objects of another image are pasted, by their masks, which then have to be
+            annotated, onto a crop
         val_fraction: share of the training images held out where there is no validation split
         split_seed: decides which ones
         num_workers: processes that prepare batches; by default none for shapes, else one per core but at most 8
@@ -213,6 +207,11 @@ class DetectionData(DataModule):
         scale: tuple[float, float] = (0.5, 2.0),
         flip: float = 0.5,
         color_jitter: float = 0.3,
+        auto_augment: StrongPolicy | None = None,
+        ra_operations: int = 2,
+        ra_magnitude: int = 9,
+        random_erasing: float = 0.0,
+        copy_paste: float = 0.0,
         val_fraction: float = 0.1,
         split_seed: int = 0,
         num_workers: int | None = None,
@@ -229,6 +228,11 @@ class DetectionData(DataModule):
         super().__init__(root, batch_size, num_workers, seed, range, bands, nodata, mean, std)
         self.masks, self.check, self.faults, self.shapes = masks, check, faults, shapes
         self.crop_size, self.scale, self.flip, self.color_jitter = crop_size, scale, flip, color_jitter
+        photographs = range is None and bands is None
+        self.strong = Strong(auto_augment, ra_operations, ra_magnitude, random_erasing, photographs)
+        self.copy_paste = copy_paste
+        if copy_paste and crop_size is None:
+            raise DataError("copy_paste pastes onto crops of one size: give crop_size")
         self.val_fraction, self.split_seed = val_fraction, split_seed
         files = {"train": train, "val": val, "test": test}
         files = {split: where for split, where in files.items() if where is not None}
@@ -250,10 +254,14 @@ class DetectionData(DataModule):
         """Find and check the images and annotations of the splits; `DataError` reports the faulty ones."""
         if self.folder is None:
             lengths = {split: self.shapes.train if split == "train" else self.shapes.val for split in splits}
-            return {
-                split: DetectionShapes(length, self.shapes.size, split, self.masks, self.seed)
+            masks = self.masks or bool(self.copy_paste)
+            datasets = {
+                split: DetectionShapes(length, self.shapes.size, split, masks, self.seed)
                 for split, length in lengths.items()
             }
+            strong = strong_steps(self.strong, Reading())
+            augment = v2.Compose([*strong, sanitize()]) if strong or self.copy_paste else None
+            return self._augmented(datasets, augment)
 
         there = self.folder.splits
         held_out = "val" not in there and "test" not in splits
@@ -261,7 +269,10 @@ class DetectionData(DataModule):
             if split not in there:
                 hint = "; `validate` measures on the validation images" if split == "test" else ""
                 raise DataError(f"{self.root}: has no {split} split, only {', '.join(sorted(there))}{hint}")
-        found = {split: self.folder.read(split, self.masks) for split in (["train"] if held_out else splits)}
+        found = {
+            split: self.folder.read(split, self.masks or (split == "train" and bool(self.copy_paste)))
+            for split in (["train"] if held_out else splits)
+        }
         files = [sample.file for sample in next(iter(found.values()))[0]]
         reading = self.resolve_reading(files) if files else Reading()
         datasets, faults = {}, []
@@ -277,11 +288,16 @@ class DetectionData(DataModule):
         for split in splits:
             datasets[split].reading = reading
             _check_objects(datasets[split], split, self.root)
+        augment = detection_augmentation(self.crop_size, self.scale, self.flip, self.color_jitter, reading, self.strong)
+        return self._augmented({split: datasets[split] for split in splits}, augment)
+
+    def _augmented(self, datasets: dict[str, ObjectsDataset], augment: v2.Transform | None) -> dict[str, Dataset]:
+        """The data sets of the splits, of which the one for training is augmented."""
+        for dataset in datasets.values():
+            dataset.with_masks = self.masks
         if "train" in datasets:
-            datasets["train"].augment = detection_augmentation(
-                self.crop_size, self.scale, self.flip, self.color_jitter, reading
-            )
-        return {split: datasets[split] for split in splits}
+            datasets["train"].augment, datasets["train"].copy_paste = augment, self.copy_paste
+        return {**datasets}
 
     def train_dataloader(self) -> DataLoader:
         if self.crop_size is not None or self.folder is None:
@@ -359,10 +375,6 @@ def _read(sample: Sample, reading: Reading) -> torch.Tensor:
     if size != sample.size:
         raise DataError(f"{sample.file}: is {size[0]} x {size[1]}, listed as {sample.size} (height, width)")
     return image
-
-
-def _per_object(inputs: tuple[Any, Target]) -> list[torch.Tensor]:
-    return [inputs[1][name] for name in ("labels", "area", "iscrowd")]
 
 
 def _plain(target: Target) -> Target:

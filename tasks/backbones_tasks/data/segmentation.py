@@ -17,6 +17,7 @@ from .loading import DataModule, jitter, seeded
 from .reading import Bands, Range, Reading, to_unit
 from .shapes import CLASSES as SHAPE_CLASSES
 from .shapes import draw_scene
+from .strong import Policy, Strong
 
 
 @dataclass
@@ -91,7 +92,8 @@ class FolderDataset(Dataset):
 class ShapesDataset(Dataset):
     """Scenes of `shapes.draw_scene` as (image, mask), like `FolderDataset`; each split has seeds of its own."""
 
-    def __init__(self, length: int, size: int, split: str, seed: int = 0):
+    def __init__(self, length: int, size: int, split: str, seed: int = 0, augment: v2.Transform | None = None):
+        self.augment = augment
         self.length, self.size, self.seed = length, size, (seed, ("train", "val", "test").index(split))
         self.sizes = [(size, size)] * length
 
@@ -110,8 +112,12 @@ class ShapesDataset(Dataset):
         if not isinstance(key, tuple):
             key = (0, key)
         scene = draw_scene((*self.seed, *key), self.size)
-        image = torch.from_numpy(scene.image).permute(2, 0, 1).float() / 255
-        return image, torch.from_numpy(scene.mask).long()
+        image = tv_tensors.Image(torch.from_numpy(scene.image).permute(2, 0, 1))
+        mask = tv_tensors.Mask(torch.from_numpy(scene.mask))
+        if self.augment is not None:
+            with seeded(*self.seed, *key):
+                image, mask = self.augment(image, mask)
+        return to_unit(image), mask.as_subclass(torch.Tensor).long()
 
 
 class RandomScale(v2.Transform):
@@ -137,8 +143,9 @@ def augmentation(
     color_jitter: float,
     ignore_index: int,
     reading: Reading = Reading(),  # noqa: B008  (never changed)
+    strong: Strong = Strong(),  # noqa: B008  (never changed)
 ) -> v2.Transform:
-    """Random scale, crop (padded where the image is smaller), horizontal flip and colour jitter."""
+    """Random scale, crop (padded where the image is smaller), horizontal flip, colour jitter, and `strong`."""
     steps: list[v2.Transform] = [
         RandomScale(scale),
         v2.RandomCrop(
@@ -146,7 +153,7 @@ def augmentation(
         ),
         v2.RandomHorizontalFlip(flip),
     ]
-    return v2.Compose([*steps, *jitter(color_jitter, reading.channels)])
+    return v2.Compose([*steps, *jitter(color_jitter, reading.channels), *strong.steps(reading.fill, ignore_index)])
 
 
 class SegmentationData(DataModule):
@@ -167,6 +174,11 @@ class SegmentationData(DataModule):
         scale: range of the random resize before the crop
         flip: probability of a horizontal flip
         color_jitter: strength of the random brightness, contrast and saturation; a quarter of it for hue; 0 is off
+        auto_augment: "randaugment" draws `ra_operations` of fourteen changes of geometry and colour, each at
+            `ra_magnitude`; "trivialaugment" one, at a magnitude drawn as well; masks follow. Of shapes, too
+        ra_operations: of RandAugment, for each image
+        ra_magnitude: of RandAugment, from 0 to 30
+        random_erasing: probability that a random rectangle is painted over, whose pixels then do not count
         val_fraction: share of the images held out where there is no `images/val`
         split_seed: decides which ones
         num_workers: processes that prepare batches; by default none for shapes, else one per core but at most 8
@@ -192,6 +204,10 @@ class SegmentationData(DataModule):
         scale: tuple[float, float] = (0.5, 2.0),
         flip: float = 0.5,
         color_jitter: float = 0.3,
+        auto_augment: Policy | None = None,
+        ra_operations: int = 2,
+        ra_magnitude: int = 9,
+        random_erasing: float = 0.0,
         val_fraction: float = 0.1,
         split_seed: int = 0,
         num_workers: int | None = None,
@@ -207,6 +223,8 @@ class SegmentationData(DataModule):
         super().__init__(root, batch_size, num_workers, seed, range, bands, nodata, mean, std)
         self.check, self.shapes = check, shapes
         self.crop_size, self.scale, self.flip, self.color_jitter = crop_size, scale, flip, color_jitter
+        photographs = range is None and bands is None
+        self.strong = Strong(auto_augment, ra_operations, ra_magnitude, random_erasing, photographs)
         self.val_fraction, self.split_seed = val_fraction, split_seed
         if self.root is None:
             self.classes = Classes.make(SHAPE_CLASSES)
@@ -237,8 +255,11 @@ class SegmentationData(DataModule):
         """Find, pair and check the files of the splits; `DataError` names the faulty ones."""
         if self.root is None:
             lengths = {split: self.shapes.train if split == "train" else self.shapes.val for split in splits}
+            strong = self.strong.steps(Reading().fill, self.ignore_index)
+            augment = v2.Compose(strong) if strong else None
             return {
-                split: ShapesDataset(length, self.shapes.size, split, self.seed) for split, length in lengths.items()
+                split: ShapesDataset(n, self.shapes.size, split, self.seed, augment if split == "train" else None)
+                for split, n in lengths.items()
             }
 
         found, problems = {}, []
@@ -252,7 +273,9 @@ class SegmentationData(DataModule):
             checked = dict(zip(every, checked, strict=True))
             found = {split: [checked[pair] for pair in pairs] for split, pairs in found.items()}
         reading = self.measure_reading([pair.image for pair in found.get("train") or every])
-        augment = augmentation(self.crop_size, self.scale, self.flip, self.color_jitter, self.ignore_index, reading)
+        augment = augmentation(
+            self.crop_size, self.scale, self.flip, self.color_jitter, self.ignore_index, reading, self.strong
+        )
         return {
             split: FolderDataset(pairs, self.classes, augment if split == "train" else None, self.seed, reading)
             for split, pairs in found.items()

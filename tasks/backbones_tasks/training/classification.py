@@ -8,18 +8,21 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import Mixup
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
+
+from backbones.errors import InputError
 
 from ..data.classification import ClassificationData, evaluation_transform
 from ..data.reading import in_channels, to_unit
 from ..files import whole
 from ..models.classifier import build_classifier, map_indices
 from ..pictures.classification import save_confusion, save_labelled
-from .task import Normalise, Task
+from .mixing import make_mixup, mix_labels
+from .normalisation import Normalise
+from .task import Task
 
 Batch = tuple[Tensor, Tensor]
 
@@ -38,6 +41,8 @@ class ClassificationTask(Task):
         label_smoothing: share of the target that is spread over all classes
         mixup: strength of mixing whole images, the alpha of a beta distribution; 0 is off
         cutmix: the same for pasting parts of images into others
+        mixup_prob: probability that a batch is mixed, by either
+        mixup_switch_prob: probability that it is by cutmix, where both are on
         image_size: side in pixels that images are brought to
         crop: share of their shorter side that is seen, training aside
         **options: those of `Task`
@@ -48,6 +53,7 @@ class ClassificationTask(Task):
     linked = (*Task.linked, "image_size", "crop")
     metric = "top1"
     scores = ("top1", "top5")
+    signals = ("soft", "hard")
     epochs = 15
     predicts = "Tell the class of images; writes OUT/results.json with the likeliest classes of each."
 
@@ -59,6 +65,8 @@ class ClassificationTask(Task):
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
         cutmix: float = 0.0,
+        mixup_prob: float = 1.0,
+        mixup_switch_prob: float = 0.5,
         image_size: int = 224,
         crop: float = 0.875,
         **options: Any,
@@ -68,11 +76,10 @@ class ClassificationTask(Task):
         backbone = in_channels(backbone, self.reading)
         self.model = build_classifier(backbone=backbone, num_classes=classes, pool=pool, drop_rate=drop_rate)
         own = {"pool": pool, "drop_rate": drop_rate, "label_smoothing": label_smoothing}
-        self.remember(backbone, **own, mixup=mixup, cutmix=cutmix, image_size=image_size, crop=crop)
+        mixing = {"mixup": mixup, "cutmix": cutmix, "mixup_prob": mixup_prob, "mixup_switch_prob": mixup_switch_prob}
+        self.remember(backbone, **own, **mixing, image_size=image_size, crop=crop)
         self.normalise = Normalise(self.model.backbone)
-        self.mix = None
-        if mixup or cutmix:
-            self.mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=classes)
+        self.mix = make_mixup(self.hparams, classes)
         self.confusion = MulticlassConfusionMatrix(classes, validate_args=False)
         self.among_five = SumMetric()
 
@@ -85,15 +92,27 @@ class ClassificationTask(Task):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
-        if self.mix is not None and len(images) % 2 == 0:  # timm mixes pairs
-            np.random.seed(torch.randint(2**31, ()).item())  # noqa: NPY002  (timm draws from the global generator)
-            images, labels = self.mix(images.clone(), labels)
+        if self.mix is not None:
+            images, labels = mix_labels(self.mix, images, labels)
         logits = self(images)
         heads = logits if isinstance(logits, tuple) else (logits,)
         smoothing = self.hparams["label_smoothing"] if labels.ndim == 1 else 0.0  # timm's mixed labels are smooth
-        loss: Any = sum(F.cross_entropy(head, labels, label_smoothing=smoothing) for head in heads) / len(heads)
+        by_labels = heads if self.teacher is None else heads[:1]  # of a distilled one, the second has a teacher
+        losses = [F.cross_entropy(head, labels, label_smoothing=smoothing) for head in by_labels]
+        loss = self.taught(sum(losses) / len(losses), len(images), heads[-1], images)
         self.log_loss("train_loss", loss, len(images))
         return loss
+
+    def named_teacher(self, options: Mapping[str, Any]) -> nn.Module:
+        classes = len(self.class_names)
+        model = build_classifier(backbone=options, num_classes=classes)
+        report = model.backbone.load_report if model.head is None else None
+        if report is None or report.missing or report.mismatched:
+            raise InputError(
+                f"model.teacher: {options['name']} has no published classifier of {classes} classes; give a checkpoint "
+                "of a run on these data"
+            )
+        return nn.Sequential(Normalise(model.backbone), model)
 
     def save_picture(self, file: Path, samples: Sequence[Batch]) -> None:
         predictions = [self(image[None].to(self.device)).argmax(1).item() for image, _ in samples]

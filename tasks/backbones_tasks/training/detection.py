@@ -18,7 +18,8 @@ from ..models.heads import DETECTORS
 from ..pictures.detection import Objects, draw_objects, save_objects
 from .coco import CocoEvaluation
 from .coco_results import CocoIds, save_coco
-from .task import SET_PREDICTION, Task
+from .recipes import SET_PREDICTION
+from .task import Task
 
 SHOWN = 0.5  # least score of what pictures show, unless told
 
@@ -98,7 +99,7 @@ class DetectionTask(Task):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch
         losses = self.model(images, targets)
-        loss = sum(losses.values())
+        loss = self.taught(sum(losses.values()), len(images))
         self.log_loss("train_loss", loss, len(images))
         for name, part in losses.items():
             self.log_loss(name if name.startswith("loss_") else f"loss_{name}", part.detach(), len(images))

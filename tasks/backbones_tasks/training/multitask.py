@@ -21,7 +21,8 @@ from .callbacks import find_unused
 from .classification import ClassificationTask
 from .detection import DetectionTask
 from .multitask_data import HEADS, MultiTaskData, read_heads
-from .task import Recipe, Task
+from .recipes import Recipe
+from .task import Task
 
 Batch = Mapping[str, Any]
 
@@ -160,7 +161,7 @@ class MultiTask(Task):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         losses = {name: self.parts[name].training_step(part, batch_idx) for name, part in batch.items()}
-        loss = sum(self.weights[name] * loss for name, loss in losses.items())
+        loss = self.taught(sum(self.weights[name] * loss for name, loss in losses.items()), 1)
         self.log_loss("train_loss", loss, 1)
         return loss
 

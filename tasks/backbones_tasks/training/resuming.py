@@ -27,7 +27,7 @@ def check_same(task: Task, content: Mapping[str, Any], source: Path) -> None:
     if before != now:
         names = ", ".join(map(str, before)) if isinstance(before, list) else repr(before)
         raise InputError(f"{source} was trained on the classes {names}, but the data have {', '.join(now)}")
-    own, theirs = task.state_dict(), content["state_dict"]
+    own, theirs = task.own_state(), content["state_dict"]
     wrong = [name for name in own if not _alike(own[name], theirs.get(name))]
     wrong += [name for name in theirs if name not in own]
     if not wrong:

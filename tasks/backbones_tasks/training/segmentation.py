@@ -24,8 +24,11 @@ from ..pictures.colours import index_png, overlay, palette
 from ..pictures.segmentation import save_predictions
 from .inference import MIN_WINDOW, Inference, average
 from .losses import SegmentationLoss, balanced_weights
+from .mixing import make_mixup, mix_masks, mixed_loss
+from .normalisation import Normalise
+from .recipes import SET_PREDICTION
 from .sliding import slide
-from .task import SET_PREDICTION, Normalise, Task
+from .task import Task
 
 AUX_WEIGHT = 0.4  # as in PSPNet and in mmsegmentation's UPerNet
 REST = "the rest"  # what a pixel is that is not of the only class
@@ -52,6 +55,11 @@ class SegmentationTask(Task):
         loss_options: options of these by name, such as {ohem: {thresh: 0.9}, focal: {gamma: 3}}
         class_weights: of each class in the loss; "balanced" computes them from the training masks, so that all classes
             count equally
+        mixup: strength of mixing whole images, the alpha of a beta distribution; 0 is off. The loss is then by both
+            masks, each with its share
+        cutmix: the same for pasting parts of images, with their masks, into others
+        mixup_prob: probability that a batch is mixed, by either
+        mixup_switch_prob: probability that it is by cutmix, where both are on
         inference: how images are labelled when they are measured, and by `predict` unless it is told otherwise
         ignore_index: value of pixels that neither train nor count
         **options: those of `Task`
@@ -63,6 +71,7 @@ class SegmentationTask(Task):
     alone = ("inference",)
     metric = "mIoU"
     scores = ("mIoU", "pixel_acc")
+    signals = ("soft", "hard", "maps")
     epochs = 6
     predicts = "Label every pixel of images; writes OUT/overlays and OUT/masks, whose pixels are class indices."
 
@@ -75,6 +84,10 @@ class SegmentationTask(Task):
         loss: str = "ce",
         loss_options: dict[str, dict[str, Any]] | None = None,
         class_weights: list[float] | Literal["balanced"] | None = None,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        mixup_prob: float = 1.0,
+        mixup_switch_prob: float = 0.5,
         inference: Inference = Inference(),  # noqa: B008  (never changed)
         ignore_index: int = 255,
         **options: Any,
@@ -86,6 +99,7 @@ class SegmentationTask(Task):
                 decoder_options = dict(SEGMENTERS[decoder].narrow)
         if decoder in SEGMENTERS and SEGMENTERS[decoder].masks:
             self.recipe = SET_PREDICTION
+            self.signals = ("maps",)  # pixels have no logits there
         classes = self.hparams["num_classes"]
         backbone = in_channels(backbone, self.reading)
         self.model = build_segmenter(decoder, backbone=backbone, num_classes=classes, aux=aux, **decoder_options)
@@ -98,9 +112,14 @@ class SegmentationTask(Task):
             loss=loss,
             loss_options=loss_options or {},
             class_weights=class_weights,
+            mixup=mixup,
+            cutmix=cutmix,
+            mixup_prob=mixup_prob,
+            mixup_switch_prob=mixup_switch_prob,
             inference=asdict(self.inference),
             ignore_index=ignore_index,
         )
+        self.mix = make_mixup(self.hparams, classes)
         self.normalise = Normalise(self.model.inner_backbone)
         #: what a pixel can be: of which class, or, where there is only one, of it or not
         self.outcomes = self.class_names if classes > 1 else [REST, *self.class_names]
@@ -113,8 +132,9 @@ class SegmentationTask(Task):
         check_options(options.decoder, options.decoder_options or {})
         SegmentationLoss(options.loss, options.loss_options)
         if options.decoder in SEGMENTERS and SEGMENTERS[options.decoder].masks:
-            for name, usual in (("loss", "ce"), ("loss_options", None), ("class_weights", None), ("aux", False)):
-                if getattr(options, name) not in (usual, {}):
+            usual = {"loss": "ce", "loss_options": None, "class_weights": None, "aux": False, "mixup": 0, "cutmix": 0}
+            for name, value in usual.items():
+                if getattr(options, name) not in (value, {}):
                     raise InputError(f"{options.decoder} has losses of its own: leave model.{name} out")
         Inference(**vars(options.inference))
 
@@ -160,15 +180,21 @@ class SegmentationTask(Task):
             parts = self.model.losses(self.normalise(images), masks, self.hparams["ignore_index"])
             for name, part in parts.items():
                 self.log_loss(name, part.detach(), len(images))
-            loss = sum(parts.values())
+            loss = self.taught(sum(parts.values()), len(images))
             self.log_loss("train_loss", loss, len(images))
             return loss
+        told = [(1.0, masks)]
+        if self.mix is not None:
+            images, told = mix_masks(self.mix, images, masks)
         logits = self(images)
         if self.hparams["aux"]:
             logits, aux = logits
-            loss = self.loss(logits, masks) + AUX_WEIGHT * self.loss(aux, masks)
+            loss = mixed_loss(self.loss, logits, told) + AUX_WEIGHT * mixed_loss(self.loss, aux, told)
         else:
-            loss = self.loss(logits, masks)
+            loss = mixed_loss(self.loss, logits, told)
+        if self.lesson is not None:
+            counted = sum(share * (mask != self.hparams["ignore_index"]) for share, mask in told)
+            loss = self.taught(loss, len(images), logits, images, counted)
         self.log_loss("train_loss", loss, len(images))
         return loss
 

@@ -52,6 +52,8 @@ class FullySharded(ModelParallelStrategy):
         if fitting:
             mesh = self.device_mesh["data_parallel"]
             shard(self.lightning_module.model, mesh)
+            if self.lightning_module.imitation is not None:
+                fully_shard(self.lightning_module.imitation, mesh=mesh)
             for callback in trainer.callbacks:
                 if isinstance(callback, WeightAveraging):
                     shard(callback._average_model.module.model, mesh)
@@ -111,7 +113,7 @@ class FullySharded(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = True) -> dict[str, Any]:
         checkpoint = self.checkpoint_io.load_checkpoint(checkpoint_path)
         own = self.lightning_module.state_dict()
-        for name in ("state_dict", "current_model_state"):
+        for name in ("state_dict", "current_model_state", "imitation"):
             if name in checkpoint:
                 checkpoint[name] = {key: _like(own.get(key), value) for key, value in checkpoint[name].items()}
         for optimizer, states in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):

@@ -3,25 +3,21 @@
 import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
-from pytorch_lightning import LightningDataModule, LightningModule
+from pytorch_lightning import LightningDataModule
 from pytorch_lightning.trainer.states import TrainerFn
-from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
 from timm.utils import distribute_bn
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from backbones import backbone_info
 from backbones.compiling import compile_blocks
-from backbones.errors import InputError
+from backbones.errors import BackboneError, InputError, WeightsError
 from backbones.plain import json_values
 from backbones.weights import require_whole
 
@@ -29,34 +25,20 @@ from ..data.images import UNREADABLE, UnreadableImage
 from ..data.loading import mix
 from ..data.reading import Reading
 from ..files import whole
-from ..options import nearest
+from ..models.base import HoldsBackbone
 from ..ranges import check_ranges
+from .distillation import Lesson, Signal, Student, Taught, TeacherLike, check_teacher
+from .optimizers import check_multipliers, check_optimizer, differentiable_twice, is_second_order, make_optimizer
+from .recipes import Recipe
+from .schedules import Plateau, make_schedule
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What training goes by, unless told.
-
-    lr, weight_decay: of all but norms, biases and position tables. published_lr: factor for what published weights
-    hold. clip: the greatest norm of all gradients.
-    """
-
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    published_lr: float = 1.0
-    clip: float = 1.0
-
-
-#: For what is trained by matching sets of predictions: DETR's norm, and about its rates.
-SET_PREDICTION = Recipe(lr=2e-4, weight_decay=1e-4, published_lr=0.1, clip=0.1)
-
-
-class Task(LightningModule):
+class Task(Student):
     """A model and all that its training needs; one subclass for each of `training.tasks.TASKS`.
 
     Args:
-        optimizer: one of timm's, by name
-        optimizer_options: its own, such as `betas` or `momentum`
+        optimizer: one of timm's, by name; "lookahead_NAME" looks ahead with any of them
+        optimizer_options: its own, such as `betas` or `momentum`, and `lookahead_alpha` and `lookahead_k`
         lr: learning rate of the last layers, after warm-up; 1e-3 unless given, 2e-4 for heads of transformers
         weight_decay: norms, biases and position tables have none; 0.05 unless given, 1e-4 for heads of transformers
         layer_decay: factor to the learning rate per layer towards the input, 1 for none. Unless given: what
@@ -64,16 +46,30 @@ class Task(LightningModule):
             weights and `backbone_lr` is 1; else none
         backbone_lr: factor to the learning rate of all that published weights hold; 0.1 to 0.5 suits fine-tuning. 1
             unless given; 0.1 for heads of transformers on published weights without a `layer_decay`
+        lr_multipliers: factors to the learning rate of parameters, by a part of their names or a regular expression,
+            such as {pos_embed: 0.1, "patch_embed|cls_token": 0.5}; of several that fit, the product
         freeze_epochs: how many epochs the backbone stays as it is, in eval mode and without gradients, while the rest
             trains
         unfreeze_every: after those, its deepest stage trains, and one more every so many epochs, the stem last; 0
             thaws all at once
-        schedule: how the learning rate falls, step by step: one of timm's, by name
+        schedule: how the learning rate falls, step by step: one of timm's, by name; or "plateau", by the score of each
+            validation
         schedule_options: its own, as `timm.scheduler.create_scheduler_v2` has them, such as `decay_rate`, which is the
-            exponent of "poly" (0.9 unless given), or `decay_milestones` in epochs
+            exponent of "poly" (0.9 unless given), or `decay_milestones` in epochs; `cycle_limit` cycles, each
+            `cycle_mul` times as long as the last, fill the training. "plateau" takes `monitor`, a score or val_loss
         warmup: share of all steps in which the learning rate rises linearly
+        warmup_epochs: the same in epochs, in place of `warmup`
+        warmup_steps: the same in steps of the optimizer
+        warmup_lr: what it rises from; a hundredth of `lr` unless given
         ema: decay of a moving average of the weights, which is then what is measured and saved; 0 is off, 0.999 to
             0.9999 are usual
+        teacher: a frozen model to learn from: a checkpoint of a run, or a backbone by name or options, with published
+            weights unless told which
+        distill: what of it, beside the labels. Of classifiers (by the second head of distilled ones) and segmenters:
+            "soft", its logits at a temperature, or "hard", the class that it says. Of all but classifiers: "maps", its
+            backbone's, through 1 x 1 convolutions. By default logits, if it has any
+        distill_weight: factor to the loss by the teacher, which is added to that by the labels
+        distill_temperature: of soft logits
         num_classes: number of classes
         class_names: their names
         reading: how image files are read, in training and in prediction; see `data.reading.Reading`
@@ -100,11 +96,13 @@ class Task(LightningModule):
     predicts: ClassVar[str]
 
     #: What is trained; its `backbone` is the backbone.
-    model: nn.Module
+    model: HoldsBackbone
     #: Where results go that are more than scores; None for nowhere.
     folder: Path | None = None
     #: What heads are trained with, unless told.
     recipe: Recipe = Recipe()
+    #: Whether the optimizer differentiates gradients.
+    second_order = False
     #: The task that this is a head of, if it is, and the head's name.
     within: tuple["Task", str] | None = None
 
@@ -117,12 +115,20 @@ class Task(LightningModule):
         weight_decay: float | None = None,
         layer_decay: float | None = None,
         backbone_lr: float | None = None,
+        lr_multipliers: dict[str, float] | None = None,
         freeze_epochs: int = 0,
         unfreeze_every: int = 0,
         schedule: str = "cosine",
         schedule_options: dict[str, Any] | None = None,
         warmup: float = 0.1,
+        warmup_epochs: float | None = None,
+        warmup_steps: int | None = None,
+        warmup_lr: float | None = None,
         ema: float = 0.0,
+        teacher: TeacherLike | None = None,
+        distill: Signal | None = None,
+        distill_weight: float = 1.0,
+        distill_temperature: float = 1.0,
         num_classes: int = 2,
         class_names: list[str] | None = None,
         reading: dict[str, Any] | None = None,
@@ -140,11 +146,15 @@ class Task(LightningModule):
                 "weight_decay": weight_decay,
                 "layer_decay": layer_decay,
                 "backbone_lr": backbone_lr,
+                "lr_multipliers": lr_multipliers or {},
                 "freeze_epochs": freeze_epochs,
                 "unfreeze_every": unfreeze_every,
                 "schedule": schedule,
                 "schedule_options": schedule_options or {},
                 "warmup": warmup,
+                "warmup_epochs": warmup_epochs,
+                "warmup_steps": warmup_steps,
+                "warmup_lr": warmup_lr,
                 "ema": ema,
                 "num_classes": num_classes,
                 "class_names": class_names or [f"class {i}" for i in range(num_classes)],
@@ -153,6 +163,8 @@ class Task(LightningModule):
             },
             logger=False,
         )
+        if teacher is not None:  # which no checkpoint needs
+            self.lesson = Lesson(teacher, distill, distill_weight, distill_temperature)
         self.normalise: nn.Module = nn.Identity()  # what `model` wants of images in [0, 1]
 
     # What a task says
@@ -165,18 +177,18 @@ class Task(LightningModule):
         if name is None:
             raise InputError(f'model.backbone: the options {sorted(backbone)} lack "name"')
         backbone_info(name)  # an unknown name is refused here, with the nearest one
-        optimizers = list_optimizers()
-        if options.optimizer.lower() not in optimizers:
-            raise InputError(
-                f"model.optimizer={options.optimizer!r} is unknown; {nearest(options.optimizer, optimizers)}"
-            )
-        own = options.optimizer_options or {}
-        parameters = nn.Linear(1, 1)
-        try:
-            create_optimizer_v2(parameters, options.optimizer, options.lr or 1.0, options.weight_decay or 0.0, **own)
-        except (TypeError, ValueError, AssertionError, LookupError) as error:
-            raise InputError(f"model.optimizer={options.optimizer!r}, optimizer_options={own}: {error}") from error
-        make_schedule({**vars(options), "lr": 1.0}, SGD(parameters.parameters(), lr=1.0), steps=10, epochs=2)
+        if options.teacher is not None:
+            check_teacher(options.teacher)
+        elif options.distill is not None:
+            raise InputError(f"model.distill={options.distill} needs a teacher: give model.teacher")
+        check_optimizer(vars(options))
+        cls.check_schedule(options, epochs=1000)
+
+    @classmethod
+    def check_schedule(cls, options: Any, epochs: int) -> None:
+        """Raise InputError for a schedule that cannot be had in so many epochs."""
+        told = {**vars(options), "lr": 1.0}
+        make_schedule(told, SGD(nn.Linear(1, 1).parameters(), lr=1.0), steps=100 * epochs, epochs=epochs)
 
     @classmethod
     def check_arguments(cls, arguments: Sequence[str]) -> None:
@@ -261,6 +273,26 @@ class Task(LightningModule):
         """Write what there is beside results.json, given what `predict_image` returned of each image, by its name."""
         return []
 
+    @classmethod
+    def restored(cls, content: Mapping[str, Any], source: Path) -> "Task":
+        """The trained task in the content of a checkpoint.
+
+        Raises:
+            WeightsError: its options build no task, or one of other weights
+        """
+        try:
+            task = cls(**content["hyper_parameters"])
+        except BackboneError:
+            raise
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise WeightsError(
+                f"{source}: its hyper_parameters build no {cls.name} ({error}); it was damaged, or written by another "
+                "version of dense-backbones"
+            ) from error
+        require_whole(task, content["state_dict"], str(source))
+        task.load_state_dict(content["state_dict"])
+        return task
+
     # What subclasses use
 
     def remember(self, backbone: str | Mapping[str, Any] | nn.Module, **options: Any) -> None:
@@ -283,9 +315,11 @@ class Task(LightningModule):
             own = published and options.get("backbone_lr", self.hparams["backbone_lr"]) == 1
             options["layer_decay"] = inner.spec.layer_decay if own else 1.0
         check_ranges(self.name, "model", {**self.hparams, **options})
+        check_multipliers(self.model, self.hparams["lr_multipliers"])
         built = {**inner.implied_options, **{k: v for k, v in built.items() if k not in weights}}
         built["pretrained_cfg"] = json_values(inner.pretrained_cfg)  # images are normalised as those weights want it
         self.save_hyperparameters({"backbone": {**built, "name": inner.canonical_name}, **options}, logger=False)
+        self.meet_teacher()
 
     def log_loss(self, name: str, loss: Tensor, batch_size: int) -> None:
         """The mean of a loss over the epoch."""
@@ -377,25 +411,8 @@ class Task(LightningModule):
         return [dataset[i] for i in chosen]
 
     def make_optimizer(self) -> Optimizer:
-        """timm's optimizer; norms, biases and position tables do not decay, and layers have an `lr_scale` each."""
-        options = self.hparams
-        optimizer = create_optimizer_v2(
-            self.model,
-            opt=options["optimizer"],
-            lr=options["lr"],
-            weight_decay=options["weight_decay"],
-            layer_decay=options["layer_decay"] if options["layer_decay"] < 1 else None,
-            **options["optimizer_options"],
-        )
-        if options["backbone_lr"] != 1:
-            published = set(self.model.backbone_parameters())
-            for group in list(optimizer.param_groups):
-                inside = [p for p in group["params"] if p in published]
-                group["params"] = [p for p in group["params"] if p not in published]
-                scale = options["backbone_lr"] * group.get("lr_scale", 1.0)
-                optimizer.param_groups.append({**group, "params": inside, "lr_scale": scale})
-            optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
-        return optimizer
+        """The optimizer of all that is trained, by the options."""
+        return make_optimizer(self.model, self.hparams, self.imitation and Taught(self.model, self.imitation))
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimizer, and timm's schedule step by step."""
@@ -405,12 +422,19 @@ class Task(LightningModule):
         self.trainer.fit_loop.setup_data()  # with --trainer.max_steps, nobody has counted the batches yet
         optimizer = self.make_optimizer()
         epochs = steps / math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
-        scheduler = make_schedule(self.hparams, optimizer, steps, epochs)
+        if is_second_order(optimizer):
+            if self.trainer.world_size > 1:
+                raise InputError(f"model.optimizer={self.hparams['optimizer']!r} cannot be shared by several processes")
+            self.second_order, self.training_step = True, differentiable_twice(self.training_step)
+        scheduler = make_schedule(self.hparams, optimizer, steps, epochs, self.metric)
         if scheduler is None:  # "none"; schedules scale by layer
             for group in optimizer.param_groups:
                 group["lr"] *= group.get("lr_scale", 1.0)
             return {"optimizer": optimizer}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def backward(self, loss: Tensor, *args: Any, **options: Any) -> None:
+        super().backward(loss, *args, **options, **({"create_graph": True} if self.second_order else {}))
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step_update(self.global_step)
@@ -421,49 +445,20 @@ class Task(LightningModule):
         clip = self.recipe.clip if gradient_clip_val is None else gradient_clip_val
         self.clip_gradients(optimizer, gradient_clip_val=clip, gradient_clip_algorithm=gradient_clip_algorithm)
 
+    def on_validation_end(self) -> None:
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            for scheduler in schedulers:
+                if isinstance(scheduler, Plateau):
+                    scheduler.judge(self.trainer.callback_metrics, self.global_step)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["task"] = self.name
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         require_whole(self, checkpoint["state_dict"], "the checkpoint")  # before Lightning changes anything
-        # The schedule is a function of the step alone; restoring its state would undo a changed --trainer.max_epochs.
-        checkpoint["lr_schedulers"] = []
-
-
-def make_schedule(options: Mapping[str, Any], optimizer: Optimizer, steps: int, epochs: float) -> Scheduler | None:
-    """timm's learning-rate schedule of a task's options, stepped by batch over all `steps`; None for "none"."""
-    name = options["schedule"]
-    own = {"decay_rate": 0.9} if name == "poly" else {}
-    try:
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched=name,
-            num_epochs=epochs,
-            warmup_epochs=options["warmup"] * epochs,
-            warmup_lr=options["lr"] / 100,
-            step_on_epochs=False,
-            updates_per_epoch=steps / epochs,
-            **own | (options["schedule_options"] or {}),
-        )
-    except (TypeError, ValueError, AssertionError) as error:  # a wrong option or name, or one that goes by epochs
-        raise InputError(f"model.schedule={name!r}, schedule_options={options['schedule_options']}: {error}") from error
-    if scheduler is None and name != "none":  # what timm has long said of a name that it does not know
-        raise InputError(f"model.schedule={name!r}: Unknown scheduler")
-    return scheduler
-
-
-class Normalise(nn.Module):
-    """Images in [0, 1] to what a backbone's weights were trained on.
-
-    Args:
-        backbone: its `pretrained_cfg` has mean and std per channel.
-    """
-
-    def __init__(self, backbone: nn.Module):
-        super().__init__()
-        for name in ("mean", "std"):
-            value = torch.tensor(backbone.pretrained_cfg[name]).view(1, -1, 1, 1)
-            self.register_buffer(name, value, persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return ((images - self.mean) / self.std).to(self.mean.dtype)  # as the weights, bf16-true among them
+        if self.hparams["schedule"] != "plateau":
+            # a function of the step alone; restoring its state would undo a changed --trainer.max_epochs
+            checkpoint["lr_schedulers"] = []

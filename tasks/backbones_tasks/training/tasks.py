@@ -7,8 +7,7 @@ from typing import Any
 
 import yaml
 
-from backbones.errors import BackboneError, InputError, WeightsError
-from backbones.weights import require_whole
+from backbones.errors import InputError, WeightsError
 
 from ..models.base import HoldsBackbone
 from .callbacks import read_metrics
@@ -47,19 +46,7 @@ def restore_task(content: Mapping[str, Any], source: Path) -> Task:
     """
     if content["task"] not in TASKS:
         raise WeightsError(f"{source} is a checkpoint of {content['task']!r}, which is none of {', '.join(TASKS)}")
-    kind = find_task(content["task"])
-    try:
-        task = kind(**content["hyper_parameters"])
-    except BackboneError:
-        raise
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise WeightsError(
-            f"{source}: its hyper_parameters build no {kind.name} ({error}); it was damaged, or written by another "
-            "version of dense-backbones"
-        ) from error
-    require_whole(task, content["state_dict"], str(source))
-    task.load_state_dict(content["state_dict"])
-    return task
+    return find_task(content["task"]).restored(content, source)
 
 
 def load_model(checkpoint: Path) -> HoldsBackbone:

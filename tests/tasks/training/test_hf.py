@@ -10,8 +10,8 @@ from small_heads import SMALL
 from backbones import build_backbone
 from backbones.cli import main
 from backbones_tasks.training.detection import DetectionTask
+from backbones_tasks.training.recipes import SET_PREDICTION
 from backbones_tasks.training.segmentation import SegmentationTask
-from backbones_tasks.training.task import SET_PREDICTION
 
 pytestmark = pytest.mark.usefixtures("workplace")
 
