@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,20 +10,14 @@ from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backbones import backbone_info, build_backbone
 from backbones.errors import InputError
-from backbones.weights import load_weights
 
-from ..data.reading import Reading, in_channels
-from ..files import is_checkpoint
+from ..data.reading import Reading
 from ..models.base import HoldsBackbone
-from .runs import read_checkpoint
+from .teachers import Teacher, TeacherLike, find_teacher
 
 Signal = Literal["soft", "hard", "maps"]
-TeacherLike = str | dict[str, Any]
-
 _IMITATION = "imitation."  # before the names of what is in a student beside its model
-_WEIGHTS = ("pretrained", "weights")
 
 
 @dataclass(frozen=True)
@@ -35,27 +28,6 @@ class Lesson:
     signal: Signal | None
     weight: float
     temperature: float
-
-
-class Teacher:
-    """A frozen model beside the student: it is no part of it, and neither trained, saved, averaged nor copied.
-
-    Called with images (B, C, H, W), it returns what the model does in eval mode, without gradients, on their device.
-
-    Args:
-        model: such as a trained task, from images in [0, 1] to logits
-    """
-
-    def __init__(self, model: nn.Module):
-        self.model = model.eval().requires_grad_(False)
-
-    def __call__(self, images: Tensor) -> Any:
-        with torch.no_grad():
-            self.model.to(images.device)
-            return self.model(images.to(next(self.model.parameters()).dtype))
-
-    def __deepcopy__(self, memo: Any) -> "Teacher":
-        return self
 
 
 class Imitation(nn.Module):
@@ -169,39 +141,24 @@ class Student(LightningModule):
         """
         if self.lesson is None:
             return
-        teacher = self.lesson.teacher
-        file = find_checkpoint(teacher)
-        content = None if file is None else read_checkpoint(file)
-        if content is not None:
-            self._check_reading(Reading(**(content["hyper_parameters"].get("reading") or {})), file)
-        has_logits = "soft" in self.signals and (content is None or content["task"] == self.name)
-        signal = self.lesson.signal
-        if signal is None:
-            knows_classes = has_logits and (content is not None or "maps" not in self.signals)
-            signal = "soft" if knows_classes else "maps"
+        source = find_teacher(self.lesson.teacher)
+        has_logits = "soft" in self.signals and source.task in (None, self.name)
+        knows_classes = has_logits and (source.task is not None or "maps" not in self.signals)
+        signal = self.lesson.signal or ("soft" if knows_classes else "maps")
         if signal not in self.signals:
             raise InputError(f"model.distill={signal}: {self.name} can be taught by {' or '.join(self.signals)}")
         with torch.random.fork_rng(devices=[]):
             if signal == "maps":
                 backbone = self.model.inner_backbone
-                if content is None:
-                    options, state = in_channels(teacher_options(teacher), self.reading), None
-                else:
-                    options, state = content["hyper_parameters"]["backbone"], content["state_dict"]
-                found = map_teacher(options, backbone.feature_info.reduction(), state)
-                self.imitation = Imitation(found, backbone, *self._statistics())
-            elif not has_logits:
-                raise InputError(
-                    f"{file} is a checkpoint of {content['task']}, whose maps may teach: model.distill=maps"
-                )
-            elif content is None:
-                self.teacher = Teacher(self.named_teacher(in_channels(teacher_options(teacher), self.reading)))
+                teacher = Teacher(source.maps(self, backbone.feature_info.reduction()))
+                self.imitation = Imitation(teacher, backbone, *self._statistics())
+            elif has_logits:
+                self.teacher = Teacher(source.logits(self))
             else:
-                found = self.restored(content, file)
-                if found.class_names != self.class_names:
-                    classes = f"the classes {', '.join(found.class_names)}, the student {', '.join(self.class_names)}"
-                    raise InputError(f"model.teacher={teacher!r} tells {classes}")
-                self.teacher = Teacher(found)
+                raise InputError(
+                    f"model.teacher={self.lesson.teacher!r} is of {source.task}, whose maps may teach: "
+                    "model.distill=maps"
+                )
 
     def named_teacher(self, options: Mapping[str, Any]) -> nn.Module:
         """From images in [0, 1] to logits, by published weights."""
@@ -250,14 +207,6 @@ class Student(LightningModule):
         config = self.model.inner_backbone.pretrained_cfg
         return config["mean"], config["std"]
 
-    def _check_reading(self, reading: Reading, file: Path) -> None:
-        for name in ("range", "bands", "nodata"):
-            theirs, own = getattr(reading, name), getattr(self.reading, name)
-            if theirs != own:
-                raise InputError(
-                    f"model.teacher: {file} was trained on images read with {name}={theirs}, these are {own}"
-                )
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What imitates is kept apart from the student, which is whole without it."""
         if self.imitation is not None:
@@ -273,60 +222,3 @@ class Student(LightningModule):
             )
         if now:
             checkpoint["state_dict"].update(checkpoint["imitation"])
-
-
-def find_checkpoint(teacher: TeacherLike) -> Path | None:
-    """The checkpoint that a teacher is given by: a file, or a run's folder; None for a backbone by name."""
-    if not isinstance(teacher, str):
-        return None
-    path = Path(teacher).expanduser()
-    best = path / "checkpoints" / "best.ckpt"
-    if is_checkpoint(best):
-        return best
-    if path.suffix == ".ckpt" or is_checkpoint(path):
-        return path
-    return None
-
-
-def check_teacher(teacher: TeacherLike) -> None:
-    """Raise InputError for a teacher that there is not, or that would know nothing."""
-    if find_checkpoint(teacher) is not None:
-        return
-    options = teacher_options(teacher)
-    backbone_info(options["name"])
-    if not any(options.get(name) for name in _WEIGHTS):
-        raise InputError(
-            f"model.teacher={teacher!r} would be of random weights, which teach nothing; leave out pretrained"
-        )
-
-
-def teacher_options(teacher: TeacherLike) -> dict[str, Any]:
-    """A teacher's options of `build_backbone`; it has published weights unless told which."""
-    options = {"name": teacher} if isinstance(teacher, str) else dict(teacher)
-    if "name" not in options:
-        raise InputError(f'model.teacher: the options {sorted(options)} lack "name"')
-    return options if options.keys() & set(_WEIGHTS) else {**options, "pretrained": True}
-
-
-def map_teacher(
-    options: Mapping[str, Any], strides: Sequence[int], state: Mapping[str, Tensor] | None = None
-) -> Teacher:
-    """A backbone with maps of these strides, as far as it has them.
-
-    Args:
-        options: of `build_backbone`, with "name"
-        strides: those of the student
-        state: its weights, among those of a trained model; by default those that the options name
-    """
-    left_out = ("name", "out_indices", "features_only")
-    kept = {name: value for name, value in options.items() if name not in left_out}
-    there = backbone_info(options["name"]).strides
-    indices = [i for i, stride in enumerate(there) if stride in strides]
-    if not indices:
-        raise InputError(
-            f"model.teacher: {options['name']} has maps of strides {list(there)}, the student of {strides}"
-        )
-    backbone = build_backbone(options["name"], out_indices=indices, **kept)
-    if state is not None:
-        load_weights(backbone, {name: v for name, v in state.items() if "backbone." in name})
-    return Teacher(backbone)

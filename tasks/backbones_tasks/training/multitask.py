@@ -111,13 +111,14 @@ class MultiTask(Task):
     @classmethod
     def check_options(cls, options: Any) -> None:
         super().check_options(options)
+        alone = {"teacher": None, "distill": None}  # which all heads have in common
         for name, head in read_heads(options.heads).items():
             defaults = {
                 n: p.default for n, p in inspect.signature(head.task).parameters.items() if n in head.task.alone
             }
             try:
                 head.task.check_options(
-                    jsonargparse.Namespace({**vars(options), **defaults, **vars(head.parsed.model)})
+                    jsonargparse.Namespace({**vars(options), **alone, **defaults, **vars(head.parsed.model)})
                 )
             except InputError as error:
                 raise InputError(f"the head {name!r}: {error}") from error

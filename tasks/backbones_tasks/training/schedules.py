@@ -87,6 +87,8 @@ def make_schedule(
     if name not in OPTIONS:
         raise InputError(f"model.schedule={name!r} is unknown; {nearest(str(name), OPTIONS)}")
     _check_options(name, own, told)
+    if name == "none" and any(options.get(f"warmup_{unit}") is not None for unit in ("epochs", "steps", "lr")):
+        raise InputError("model.schedule='none' has no warm-up; that of 'constant' has")
     per_epoch = steps / epochs
     warmup = _warmup_epochs(options, epochs, per_epoch)
     common = {

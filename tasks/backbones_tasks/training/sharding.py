@@ -51,12 +51,14 @@ class FullySharded(ModelParallelStrategy):
         self.model = self.precision_plugin.convert_module(self.model)
         if fitting:
             mesh = self.device_mesh["data_parallel"]
-            shard(self.lightning_module.model, mesh)
-            if self.lightning_module.imitation is not None:
-                fully_shard(self.lightning_module.imitation, mesh=mesh)
+            tasks = [self.lightning_module]
             for callback in trainer.callbacks:
                 if isinstance(callback, WeightAveraging):
-                    shard(callback._average_model.module.model, mesh)
+                    tasks.append(callback._average_model.module)
+            for task in tasks:
+                shard(task.model, mesh)
+                if task.imitation is not None:
+                    fully_shard(task.imitation, mesh=mesh)
         self.model_to_device()
         self.barrier()
         if fitting:

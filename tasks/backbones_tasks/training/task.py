@@ -27,10 +27,11 @@ from ..data.reading import Reading
 from ..files import whole
 from ..models.base import HoldsBackbone
 from ..ranges import check_ranges
-from .distillation import Lesson, Signal, Student, Taught, TeacherLike, check_teacher
+from .distillation import Lesson, Signal, Student, Taught
 from .optimizers import check_multipliers, check_optimizer, differentiable_twice, is_second_order, make_optimizer
 from .recipes import Recipe
 from .schedules import Plateau, make_schedule
+from .teachers import TeacherLike, find_teacher
 
 
 class Task(Student):
@@ -178,7 +179,7 @@ class Task(Student):
             raise InputError(f'model.backbone: the options {sorted(backbone)} lack "name"')
         backbone_info(name)  # an unknown name is refused here, with the nearest one
         if options.teacher is not None:
-            check_teacher(options.teacher)
+            find_teacher(options.teacher)  # refused here, if there is none
         elif options.distill is not None:
             raise InputError(f"model.distill={options.distill} needs a teacher: give model.teacher")
         check_optimizer(vars(options))

@@ -14,10 +14,11 @@ from backbones.cli import main
 from backbones.errors import InputError
 from backbones_tasks.training.classification import ClassificationTask
 from backbones_tasks.training.detection import DetectionTask
-from backbones_tasks.training.distillation import Lesson, Teacher, distance, logit_loss
+from backbones_tasks.training.distillation import Lesson, distance, logit_loss
 from backbones_tasks.training.multitask import MultiTask
 from backbones_tasks.training.segmentation import SegmentationTask
 from backbones_tasks.training.tasks import load_task
+from backbones_tasks.training.teachers import Teacher
 
 pytestmark = pytest.mark.usefixtures("workplace")
 
@@ -198,7 +199,7 @@ def test_a_run_with_a_teacher_goes_on_exactly_and_is_whole_without_it(monkeypatc
     assert same(weights("whole"), weights("broken"))
     assert weights("whole").keys() == weights("expert").keys(), "the student's alone"
     Path("expert/checkpoints/best.ckpt").unlink()
-    monkeypatch.setattr("backbones_tasks.training.distillation.map_teacher", None)
+    monkeypatch.setattr("backbones_tasks.training.distillation.find_teacher", None)
     assert main(["validate", "segmentation", "--ckpt_path=whole/checkpoints/best.ckpt"]) == 0
     task = load_task(Path("whole/checkpoints/last.ckpt"))
     assert task.imitation is task.teacher is None
@@ -242,6 +243,22 @@ def test_what_cannot_teach_is_refused_in_a_sentence(options, message, capsys):
     assert fit(*options, "--out=run") == 2
     assert message in capsys.readouterr().err
     assert not Path("run").exists()
+
+
+def test_a_saved_model_teaches_as_its_checkpoint_would(tmp_path):
+    expert, (images, _) = student(SegmentationTask, num_classes=5)
+    folder = expert.model.save_pretrained(tmp_path / "shared")
+    for signal in ("soft", "maps"):
+        task, batch = student(SegmentationTask, num_classes=5, teacher=str(folder), distill=signal)
+        if signal == "soft":
+            assert torch.allclose(task.teacher(images), expert.eval()(images), atol=1e-5)
+        task.training_step(batch, 0)
+        assert task.logged["loss_distill"] < (1 if signal == "maps" else 10)
+    body = expert.model.inner_backbone.save_pretrained(tmp_path / "body")
+    task, batch = student(DetectionTask, teacher=str(body))
+    task.training_step(batch, 0)
+    with pytest.raises(InputError, match="is of segmentation, whose maps may teach"):
+        ClassificationTask(TINY, num_classes=5, teacher=str(folder))
 
 
 def test_a_teacher_of_other_classes_or_signals_is_refused(teacher):

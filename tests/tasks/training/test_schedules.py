@@ -86,6 +86,7 @@ def test_a_warmup_is_told_as_a_share_in_epochs_or_in_steps(warmup):
         ("cosine", {"decay_milestones": [1]}, {}, "cosine has no option 'decay_milestones'"),
         ("step", {"cycle_limit": 2}, {}, "step has no option 'cycle_limit'"),
         ("none", {"min_lr": 1}, {}, "it takes none"),
+        ("none", {}, {"warmup_lr": 0.1}, "has no warm-up"),
         ("cosine", {"cycle_mul": 2}, {}, "give cycle_limit"),
         ("cosine", {"cycle_limit": 0}, {}, "whole number of cycles"),
         ("cosine", {"cycle_limit": 2, "cycle_mul": 0}, {}, "cycle_mul must be over 0"),
