@@ -143,8 +143,8 @@ class Student(LightningModule):
             return
         source = find_teacher(self.lesson.teacher)
         has_logits = "soft" in self.signals and source.task in (None, self.name)
-        knows_classes = has_logits and (source.task is not None or "maps" not in self.signals)
-        signal = self.lesson.signal or ("soft" if knows_classes else "maps")
+        logits = "maps" not in self.signals or (has_logits and source.task is not None)
+        signal = self.lesson.signal or ("soft" if logits else "maps")
         if signal not in self.signals:
             raise InputError(f"model.distill={signal}: {self.name} can be taught by {' or '.join(self.signals)}")
         with torch.random.fork_rng(devices=[]):
@@ -155,9 +155,10 @@ class Student(LightningModule):
             elif has_logits:
                 self.teacher = Teacher(source.logits(self))
             else:
+                instead = "; its maps may teach: model.distill=maps" if "maps" in self.signals else ""
                 raise InputError(
-                    f"model.teacher={self.lesson.teacher!r} is of {source.task}, whose maps may teach: "
-                    "model.distill=maps"
+                    f"model.teacher={self.lesson.teacher!r} is of {source.task}, and has no logits of {self.name}"
+                    f"{instead}"
                 )
 
     def named_teacher(self, options: Mapping[str, Any]) -> nn.Module:

@@ -257,7 +257,7 @@ def test_a_saved_model_teaches_as_its_checkpoint_would(tmp_path):
     body = expert.model.inner_backbone.save_pretrained(tmp_path / "body")
     task, batch = student(DetectionTask, teacher=str(body))
     task.training_step(batch, 0)
-    with pytest.raises(InputError, match="is of segmentation, whose maps may teach"):
+    with pytest.raises(InputError, match="is of segmentation, and has no logits of classification"):
         ClassificationTask(TINY, num_classes=5, teacher=str(folder))
 
 
