@@ -29,7 +29,9 @@ def check_optimizer(options: Mapping[str, Any]) -> None:
             f"model.optimizer={name!r} is unknown; {nearest(single, known)}; each also after {LOOKAHEAD!r}"
         )
     try:
-        _create(nn.Linear(1, 1), {**options, "lr": options["lr"] or 1.0, "weight_decay": options["weight_decay"] or 0.0})
+        _create(
+            nn.Linear(1, 1), {**options, "lr": options["lr"] or 1.0, "weight_decay": options["weight_decay"] or 0.0}
+        )
     except (TypeError, ValueError, AssertionError, LookupError) as error:
         raise InputError(f"model.optimizer={name!r}, optimizer_options={own}: {error}") from error
     for pattern, factor in (options.get("lr_multipliers") or {}).items():

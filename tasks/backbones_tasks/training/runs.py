@@ -11,9 +11,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pytorch_lightning import LightningModule
 from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
 from backbones.errors import BackboneError, InputError, WeightsError
+from backbones.weights import require_whole
 
 from .. import files
 
@@ -206,3 +208,23 @@ def read_checkpoint(path: Path, task: str | None = None) -> dict[str, Any]:
     if task is not None and content["task"] != task:
         raise InputError(f"{path} is a checkpoint of {content['task']}, not of {task}")
     return content
+
+
+def restore(kind: type[LightningModule], content: Mapping[str, Any], source: Path) -> Any:
+    """The trained task of a class in the content of a checkpoint.
+
+    Raises:
+        WeightsError: its options build no such task, or one of other weights
+    """
+    try:
+        task = kind(**content["hyper_parameters"])
+    except BackboneError:
+        raise
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"{source}: its hyper_parameters build no {kind.name} ({error}); it was damaged, or written by another "
+            "version of dense-backbones"
+        ) from error
+    require_whole(task, content["state_dict"], str(source))
+    task.load_state_dict(content["state_dict"])
+    return task

@@ -17,7 +17,7 @@ from torch.optim import SGD, Optimizer
 
 from backbones import backbone_info
 from backbones.compiling import compile_blocks
-from backbones.errors import BackboneError, InputError, WeightsError
+from backbones.errors import InputError
 from backbones.plain import json_values
 from backbones.weights import require_whole
 
@@ -273,26 +273,6 @@ class Task(Student):
     def save_predictions(self, folder: Path, results: Mapping[str, Any], options: argparse.Namespace) -> list[Path]:
         """Write what there is beside results.json, given what `predict_image` returned of each image, by its name."""
         return []
-
-    @classmethod
-    def restored(cls, content: Mapping[str, Any], source: Path) -> "Task":
-        """The trained task in the content of a checkpoint.
-
-        Raises:
-            WeightsError: its options build no task, or one of other weights
-        """
-        try:
-            task = cls(**content["hyper_parameters"])
-        except BackboneError:
-            raise
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise WeightsError(
-                f"{source}: its hyper_parameters build no {cls.name} ({error}); it was damaged, or written by another "
-                "version of dense-backbones"
-            ) from error
-        require_whole(task, content["state_dict"], str(source))
-        task.load_state_dict(content["state_dict"])
-        return task
 
     # What subclasses use
 

@@ -14,7 +14,7 @@ from .callbacks import read_metrics
 from .classification import ClassificationTask
 from .detection import DetectionTask
 from .multitask import MultiTask
-from .runs import read_checkpoint
+from .runs import read_checkpoint, restore
 from .segmentation import SegmentationTask
 from .task import Task
 
@@ -46,7 +46,8 @@ def restore_task(content: Mapping[str, Any], source: Path) -> Task:
     """
     if content["task"] not in TASKS:
         raise WeightsError(f"{source} is a checkpoint of {content['task']!r}, which is none of {', '.join(TASKS)}")
-    return find_task(content["task"]).restored(content, source)
+    restored: Task = restore(find_task(content["task"]), content, source)
+    return restored
 
 
 def load_model(checkpoint: Path) -> HoldsBackbone:

@@ -17,7 +17,7 @@ from ..data.reading import Reading, in_channels
 from ..files import is_checkpoint
 from ..models import pretrained
 from .normalisation import Normalise
-from .runs import read_checkpoint
+from .runs import read_checkpoint, restore
 
 if TYPE_CHECKING:
     from .distillation import Student
@@ -93,7 +93,7 @@ class Checkpoint(Source):
 
     def logits(self, student: "Student") -> nn.Module:
         self._check_reading(student.reading)
-        found = student.restored(self.content, self.file)
+        found = restore(type(student), self.content, self.file)
         _check_classes(self.file, found.class_names, student.class_names)
         return found
 
