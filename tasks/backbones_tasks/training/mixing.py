@@ -53,7 +53,8 @@ def mix_masks(mixup: Mixup, images: Tensor, masks: Tensor) -> tuple[Tensor, list
 
 def mixed_loss(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, masks: list[tuple[float, Tensor]]) -> Tensor:
     """The loss of logits by several masks, each with its share."""
-    return sum(share * loss(logits, mask) for share, mask in masks)
+    total: Any = sum(share * loss(logits, mask) for share, mask in masks)
+    return total
 
 
 def _begin(images: Tensor) -> int:

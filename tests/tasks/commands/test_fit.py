@@ -71,7 +71,7 @@ def fit(*options):
         ("--model.decoder=smp/unte", "did you mean 'smp/unet'?"),
         ("--model.optimizer=rmspropp", "did you mean 'rmsprop'?"),
         ("--model.schedule=cosinus", "model.schedule='cosinus'"),
-        ("--model.schedule_options={decay_rat: 1}", "unexpected keyword argument 'decay_rat'"),
+        ("--model.schedule_options={decay_rat: 1}", "cosine has no option 'decay_rat'"),
         ("--model.ema=1", "model.ema=1.0 must be at least 0 and under 1"),
         ("--config=typo.yaml", "did you mean 'model.lr'?"),
     ],
