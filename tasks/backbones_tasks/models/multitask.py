@@ -198,6 +198,12 @@ class SharedMaps(nn.Module):
         if whose is not model:
             maps = model.backbone(images)
         height, width = images.shape[-2:]
+        cells, stride = maps[self.chosen[-1]].shape[-2:], self.strides[-1]
+        if cells[0] < ceil_div(height, stride) or cells[1] < ceil_div(width, stride):
+            raise InputError(
+                f"a head pads images to {height} x {width}, which is more than the pass that serves all heads has "
+                "seen: give larger images or image_size, or, where the head is of transformers, fewer num_queries"
+            )
         return [
             crop_to(maps[i].to(images.dtype), ceil_div(height, stride), ceil_div(width, stride))
             for i, stride in zip(self.chosen, self.strides, strict=True)

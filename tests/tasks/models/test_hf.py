@@ -11,7 +11,7 @@ from torch import nn
 
 from backbones import for_inference, wrap
 from backbones.errors import InputError
-from backbones_tasks import build_detector, build_segmenter, from_pretrained
+from backbones_tasks import build_detector, build_multitask, build_segmenter, from_pretrained
 from backbones_tasks.models.heads import DETECTORS, SEGMENTERS
 
 BACKBONE = "timm/test_resnet"
@@ -211,6 +211,33 @@ def test_an_image_smaller_than_the_queries_are_many_is_padded(architecture):
     model = detector(architecture, num_queries=100, min_size=32, max_size=32).eval()
     with torch.no_grad():
         assert len(model([torch.rand(3, 32, 20)])[0]["boxes"]) == 100
+
+
+def test_heads_share_a_backbone_with_others():
+    boxes, masks = SMALL["hf/rt_detr_v2"], SMALL["hf/mask2former"]
+    model = build_multitask(
+        backbone=BACKBONE,
+        heads={
+            "boxes": {"task": "detection", "architecture": "hf/rt_detr_v2", "num_classes": CLASSES, **boxes},
+            "pixels": {"task": "segmentation", "architecture": "hf/mask2former", "num_classes": CLASSES, **masks},
+        },
+        image_size=96,
+    )
+    images, targets = pair()
+    losses = model.heads["boxes"](images, targets)
+    losses |= model.heads["pixels"].losses(torch.rand(2, 3, 64, 64), torch.randint(0, CLASSES, (2, 64, 64)))
+    sum(losses.values()).backward()
+    assert learning(model) == []
+    model.eval()
+    with torch.no_grad():
+        together = model(images)
+        alone = model.heads["boxes"](images)
+        assert [logits.shape for logits in together["pixels"]] == [(CLASSES, *image.shape[-2:]) for image in images]
+        for a, b in zip(together["boxes"], alone, strict=True):
+            torch.testing.assert_close(a["scores"], b["scores"], rtol=1e-3, atol=1e-4)
+        model.heads["boxes"].hf.config.num_queries = 1000
+        with pytest.raises(InputError, match=r"more than the pass that serves all heads has seen.*fewer num_queries"):
+            model(images)
 
 
 def test_norms_of_the_backbone_are_as_they_are_asked_for():
