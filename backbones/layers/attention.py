@@ -53,10 +53,10 @@ def scaled_attention(
     if torch.compiler.is_compiling():
         if fast:
             return _compiled_attention(q, k, v, bias, scale).transpose(1, 2)
-    elif q.dtype == torch.bfloat16:
-        return _attend_by_products(q, k, v, bias, q.shape[-1] ** -0.5 if scale is None else scale)
     elif fast and bias is None and q.shape[2] * k.shape[2] >= MANY_WEIGHTS:
         return _attend_by_heads(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+    elif q.dtype == torch.bfloat16:
+        return _attend_by_products(q, k, v, bias, q.shape[-1] ** -0.5 if scale is None else scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 
