@@ -128,7 +128,7 @@ def test_plugins_shows_who_provides_what(run_cli):
     assert {row["namespace"]: row["status"] for row in rows} == {p.namespace: "ok" for p in backbones.plugins()}
     header, *lines = run_cli("plugins").stdout.splitlines()
     assert header.split() == ["plugin", "distribution", "version", "backbones", "status"]
-    assert ["pvt", "dense-backbones", backbones.__version__, "7", "ok"] in [line.split() for line in lines]
+    assert ["pvt", "dense-backbones", backbones.__version__, "11", "ok"] in [line.split() for line in lines]
 
 
 def test_faulty_plugins_are_hinted_at_and_never_in_the_way(run_cli, throwaway_site):

@@ -234,5 +234,5 @@ def test_reset_classifier_replaces_both_heads(pair):
 def test_attention_blocks_out_of_range():
     with pytest.raises(InputError, match="attention_blocks=0 must be at least 1"):
         build_backbone("efficientformer_l1", attention_blocks=0)
-    shallow = build_backbone("efficientformer_l3", depths=(1, 1, 1, 1))  # which has 4 where there are as many blocks
+    shallow = build_backbone("efficientformer_l3", depths=(1, 1, 1, 1)).eval()  # 4 where there are as many
     assert shallow(torch.randn(1, 3, 32, 32))[-1].shape == (1, 512, 1, 1)

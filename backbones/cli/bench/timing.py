@@ -140,7 +140,7 @@ def _runner(case: Case, model: "nn.Module", images: "Tensor") -> Callable[[], ob
         kind = dtype if case.cast else torch.float32
         anything: Any = model  # torch's own types know no memory format beside a dtype
         model, images = anything.to(kind, memory_format=layout), images.to(kind, memory_format=layout)
-    call = model
+    call: Any = model
     if case.compile and case.library == "ours" and not case.for_inference:
         compile_blocks(model)  # as `fit --model.compile true` does
     elif case.compile and not case.for_inference:

@@ -181,7 +181,7 @@ def test_compiled_blocks_train_and_no_checkpoint_shows_it(workplace, monkeypatch
 
     def by_a_cheap_backend(block, **options):
         compiled.append(block)
-        compile_module(block, **options, backend="eager")
+        compile_module(block, **{**options, "backend": "eager"})
         if not traced:
             block._compiled_call_impl = lambda *inputs: calls.append(block) or block._call_impl(*inputs)
 

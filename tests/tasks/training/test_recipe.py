@@ -144,7 +144,9 @@ def test_a_checkpoint_needs_the_weights_no_more_that_it_began_with(tmp_path, cap
 def test_a_checkpoint_needs_no_weights_of_torchvision(tmp_path, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, file: torch.save(resnet18().state_dict(), file))
+    monkeypatch.setattr(
+        torch.hub, "download_url_to_file", lambda url, file, **_: torch.save(resnet18().state_dict(), file)
+    )
     backbone = {"name": "torchvision/resnet18", "weights": "IMAGENET1K_V1"}
     task = SegmentationTask(backbone, decoder_options={"decoder_channels": 8})
     assert task.hparams["backbone"].keys() == {"name", "pretrained_cfg"}
