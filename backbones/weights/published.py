@@ -55,7 +55,7 @@ def find_weights(spec: BackboneSpec, asked: object) -> Weights | Path | None:
         return spec.weights[0]
     if row := _find_row(spec, str(asked)):
         return row
-    if not isinstance(asked, Enum):
+    if isinstance(asked, (str, os.PathLike)) and not isinstance(asked, Enum):
         path = Path(asked).expanduser()
         for file in (path, path / "model.safetensors"):  # or a folder of save_pretrained
             if file.is_file():

@@ -307,7 +307,7 @@ class ClassificationData(DataModule):
     def _load_published(self, published: Published, splits: list[str]) -> dict[str, Dataset]:
         """The splits of one of torchvision's data sets; some of each class are held out where there is no "val"."""
         there = published.options
-        found = {}
+        found: dict[str, Dataset] = {}
         for split in splits:
             held_out = "val" not in there and split in ("train", "val")
             source = "train" if held_out else split

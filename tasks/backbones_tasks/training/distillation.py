@@ -200,7 +200,7 @@ class Student(LightningModule):
         """Its state dict, less what imitates."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith(_IMITATION)}
 
-    def _statistics(self) -> tuple[Sequence[float], Sequence[float]]:
+    def _statistics(self) -> tuple[Any, Any]:
         """Mean and std by which its backbone's images are normalised."""
         transform = getattr(self.model, "transform", None)
         if transform is not None:  # a detector, or several heads with one pass
