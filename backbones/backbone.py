@@ -53,7 +53,8 @@ class Backbone(Classifier, metaclass=_Finished):
     An architecture sets `stem` and `stages` (NCHW in, NCHW out), one stage per entry of `strides`, and
     writes no forward; what does not fit overrides `forward_features`. Called with images of shape
     (B, in_chans, H, W), it returns one map (B, channels[i], ceil(H / strides[i]), ceil(W / strides[i]))
-    per index in `out_indices`, in ascending order.
+    per index in `out_indices`, in ascending order. A network of one width and stride throughout runs its blocks by
+    `backbones.Blocks`, and makes its maps by `backbones.Pyramid`.
 
     Args:
         channels: width of each map, finest first.
