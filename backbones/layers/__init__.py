@@ -16,6 +16,7 @@ from .mbconv import MBConv, SqueezeExcite, halve
 from .norm import layer_norm_2d
 from .padding import ceil_div, crop_to, pad_to_multiple
 from .patches import PatchEmbed, pad_for_patches
+from .positions import Resampling
 from .relative_position import DistanceBias, LogPositionBias, PositionBias, RelativePositionBias
 from .window import window_partition, window_unpartition
 
@@ -37,6 +38,7 @@ __all__ = [
     "PositionBias",
     "PreLogits",
     "RelativePositionBias",
+    "Resampling",
     "SpatialReductionAttention",
     "SqueezeExcite",
     "TableCache",

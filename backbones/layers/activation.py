@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 # What each activation is where its input is still needed, and where it is not.
 _ACTIVATIONS = {
@@ -18,8 +18,8 @@ def may_overwrite(*tensors: Tensor | None) -> bool:
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None))
 
 
-def activate(x: Tensor, act: str | None, spare: bool = False) -> Tensor:
-    """ "relu", "silu", "gelu", "gelu_tanh" or None of `x`.
+def activate(x: Tensor, act: str | nn.Module | None, spare: bool = False) -> Tensor:
+    """ "relu", "silu", "gelu", "gelu_tanh", a module or None of `x`.
 
     Args:
         x: any shape.
@@ -29,6 +29,8 @@ def activate(x: Tensor, act: str | None, spare: bool = False) -> Tensor:
     """
     if act is None:
         return x
+    if isinstance(act, nn.Module):
+        return act(x)
     spare = spare and may_overwrite(x)
     if act.startswith("gelu"):
         approximate = "tanh" if act == "gelu_tanh" else "none"

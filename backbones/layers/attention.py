@@ -23,14 +23,15 @@ def attend(
     bias: Tensor | None = None,
     fast: bool = False,
     dropout: float = 0.0,
+    scale: float | None = None,
 ) -> Tensor:
     """Multi-head attention of queries (B, N, C) to keys and values (B, M, C); returns (B, N, C).
 
     The heads split C evenly. `bias` is added to the logits and broadcasts to (B, heads, N, M). `fast` as a `Layer` is;
-    `dropout` is the share of attention weights to drop.
+    `dropout` is the share of attention weights to drop, and `scale` what logits are multiplied by.
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, N, C / heads)
-    return scaled_attention(q, k, v, bias, fast=fast, dropout=dropout).transpose(1, 2).flatten(2)
+    return scaled_attention(q, k, v, bias, scale, fast, dropout).transpose(1, 2).flatten(2)
 
 
 def scaled_attention(
@@ -109,20 +110,22 @@ class Attention(Layer):
         dim: C.
         heads: number of heads; divides `dim`.
         qkv_bias: whether queries, keys and values have a bias.
+        scale: what logits are multiplied by; one over the root of a head's width unless given.
     """
 
-    def __init__(self, dim: int, heads: int, qkv_bias: bool = True):
+    def __init__(self, dim: int, heads: int, qkv_bias: bool = True, scale: float | None = None):
         super().__init__()
         if dim % heads:
             raise InputError(f"attention: {heads} heads do not divide a width of {dim}")
         self.heads = heads
+        self.scale = scale
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.attn_drop = Dropout("attn_drop_rate")
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = Dropout("proj_drop_rate")
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        x = attend(*self.qkv(x).chunk(3, dim=-1), self.heads, bias, self.fast, self.attn_drop.rate)
+        x = attend(*self.qkv(x).chunk(3, dim=-1), self.heads, bias, self.fast, self.attn_drop.rate, self.scale)
         return self.proj_drop(self.proj(x))
 
 

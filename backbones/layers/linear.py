@@ -25,7 +25,9 @@ class Mlp(Layer):
         act: activation, as `activate` takes it.
     """
 
-    def __init__(self, dim: int, hidden: int, act: str = "gelu"):
+    act: str | nn.Module | None
+
+    def __init__(self, dim: int, hidden: int, act: str | nn.Module = "gelu"):
         super().__init__()
         self.act = act
         self.fc1 = nn.Linear(dim, hidden)

@@ -67,18 +67,20 @@ class ConvNeXt(Backbone):
     Args:
         dims: width of each stage.
         depths: blocks per stage.
-        layer_scale: initial scale of each block's update; the official dense-prediction code starts at 1.
+        layer_scale: initial scale of each block's update; the official dense-prediction code starts at 1. None for
+            none at all. timm calls it `ls_init_value`.
         **options: those of `backbones.Backbone`.
     """
 
     key_layouts = (TIMM, TORCHVISION, OFFICIAL, OPENMMLAB_CLASSIFIER)
     output_strides = (8, 16, 32)
+    remedies = ((r"\.gamma$", "layer scales", "build with layer_scale=1e-6"),)
 
     def __init__(
         self,
         dims: Sequence[int] = (96, 192, 384, 768),
         depths: Sequence[int] = (3, 3, 9, 3),
-        layer_scale: float = 1e-6,
+        layer_scale: float | None = 1e-6,
         **options: Any,
     ):
         super().__init__(channels=dims, strides=(4, 8, 16, 32), **options)
@@ -150,12 +152,12 @@ class Downsample(nn.Module):
 class Block(Layer):
     """Depth-wise convolution, norm, MLP and layer scale in one residual, on maps (B, H, W, C)."""
 
-    def __init__(self, dim: int, dilation: int, layer_scale: float, drop_path: float):
+    def __init__(self, dim: int, dilation: int, layer_scale: float | None, drop_path: float):
         super().__init__()
         self.conv_dw = nn.Conv2d(dim, dim, 7, padding=3 * dilation, dilation=dilation, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, 4 * dim)
-        self.gamma = nn.Parameter(torch.full((dim,), layer_scale))
+        self.gamma = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale)))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ def _spec(
         aliases=(timm_name,) if timm_name != name else (),
         params=params,
         gmacs=gmacs,
-        options=("partition",),
+        options=("partition", "window_size", "grid_size"),
         summary="MBConv, attention in windows and attention over a grid in every block",
         paper="https://arxiv.org/abs/2204.01697",
         license="Apache-2.0",

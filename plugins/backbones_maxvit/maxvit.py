@@ -9,6 +9,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from backbones.backbone import Backbone
+from backbones.errors import InputError
 from backbones.layers import (
     Blocks,
     ConvNorm,
@@ -96,6 +97,7 @@ class MaxViT(Backbone):
         stem_bias: whether each of them has a bias.
         partition: side, in cells, of windows and grids. Weights trained at 224 have 7; at 256, 8; at 384, 12; at
             512, 16. Tables of relative positions made for another are resized when they are loaded.
+        window_size, grid_size: the side of windows alone, and of grids; `partition` unless given.
         act: activation of stem and MBConv, as `activate` takes it.
         mlp_act: activation of the MLPs.
         expand_output: MBConv expands from its output's width; False from its input's.
@@ -124,6 +126,8 @@ class MaxViT(Backbone):
         stem: Sequence[int] = (64, 64),
         stem_bias: Sequence[bool] = (True, True),
         partition: int = 7,
+        window_size: int | None = None,
+        grid_size: int | None = None,
         act: str = "gelu_tanh",
         mlp_act: str = "gelu_tanh",
         expand_output: bool = True,
@@ -158,7 +162,6 @@ class MaxViT(Backbone):
         )
         attention = partial(
             PartitionAttention,
-            table_size=partition,
             act=mlp_act,
             eps=eps,
             heads_first=heads_first,
@@ -166,6 +169,10 @@ class MaxViT(Backbone):
             position_hidden=position_hidden,
             init_values=init_values,
         )
+        window, grid = window_size or partition, grid_size or partition
+        for name, size in (("window_size", window), ("grid_size", grid)):
+            if size < 1:
+                raise InputError(f"MaxViT: {name}={size} must be at least 1")
         drop_path = self.drop_path_rates(depths)
         self.stem = nn.Sequential(
             ConvNorm(self.in_chans, stem[0], 3, 2, act=act, bias=stem_bias[0], eps=conv_eps, same=same),
@@ -185,8 +192,8 @@ class MaxViT(Backbone):
                                 dilation=dilation if j else max(1, dilation // 2),
                             ),
                             # Where cells lie closer, windows hold more of them; a grid spans the map as before.
-                            window=attention(dims[i], dilation * partition, dilation, grid=False, drop_path=rate),
-                            grid=attention(dims[i], partition, 1, grid=True, drop_path=rate),
+                            window=attention(dims[i], window, dilation, grid=False, drop_path=rate),
+                            grid=attention(dims[i], grid, 1, grid=True, drop_path=rate),
                         )
                         for j, rate in enumerate(drop_path[i])
                     )
@@ -230,10 +237,9 @@ class PartitionAttention(Layer):
     def __init__(
         self,
         dim: int,
-        size: int,
+        table_size: int,
         dilation: int,
         grid: bool,
-        table_size: int,
         act: str,
         eps: float,
         heads_first: bool,
@@ -243,7 +249,7 @@ class PartitionAttention(Layer):
         drop_path: float,
     ):
         super().__init__()
-        self.size = size
+        self.size = dilation * table_size
         self.grid = grid
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, table_size, heads_first, scale_by_dim, position_hidden, dilation)

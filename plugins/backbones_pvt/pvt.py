@@ -19,6 +19,7 @@ from backbones.layers import (
     Layer,
     Mlp,
     PatchEmbed,
+    Resampling,
     SpatialReductionAttention,
     TableCache,
     ceil_div,
@@ -27,7 +28,6 @@ from backbones.layers import (
     pool_tokens,
     residual,
 )
-from backbones.layers.padding import is_exporting
 from backbones.weights import KeyLayout, split_in_proj
 
 OFFICIAL = KeyLayout(
@@ -39,6 +39,9 @@ OFFICIAL = KeyLayout(
         (r"^cls_token$", "stages.3.cls_token"),
     ),
 )
+
+
+RESAMPLING = Resampling("bilinear")  # of the official code
 
 
 def _count_blocks_from_zero(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -220,7 +223,7 @@ class Stage(Layer):
 
         def resized() -> Tensor:
             cells = self.pos_embed if self.cls_token is None else self.pos_embed[:, 1:]
-            return _resize(cells, self.grid, (height, width))
+            return RESAMPLING(cells, self.grid, (height, width))
 
         if not self.fast:
             return resized()
@@ -240,18 +243,9 @@ class Stage(Layer):
                 f"a table of {rows} positions is neither that of a square map nor of one of {self.grid} cells; build "
                 "the model with the img_size=(height, width) that the checkpoint was trained at"
             )
-        cells = _resize(table[:, tokens:], grid, self.grid).flatten(1, 2)
+        cells = RESAMPLING(table[:, tokens:], grid, self.grid).flatten(1, 2)
         token = table[:, :tokens] if tokens else cells.new_zeros(1, 1, cells.shape[-1])
         return cells if self.cls_token is None else torch.cat((token, cells), dim=1)
-
-
-def _resize(table: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Positions (1, cells, C) of a map of `grid` cells -> (1, *size, C)."""
-    table = table.unflatten(1, grid)
-    if not is_exporting() and grid == size:  # while exporting, the question would fix the answer
-        return table
-    resized = F.interpolate(table.permute(0, 3, 1, 2).float(), size=size, mode="bilinear")
-    return resized.permute(0, 2, 3, 1).to(table.dtype)
 
 
 class Block(Layer):

@@ -48,7 +48,7 @@ def register_backbones() -> list[BackboneSpec]:
             aliases=(f"swin_{variant}_patch4_window7_224",),
             params=params,
             gmacs=gmacs,
-            options=("window_size",),
+            options=("window_size", "ape", "patch_norm"),
             summary="pyramid of transformer stages that attend within windows, shifted in every other block",
             paper="https://arxiv.org/abs/2103.14030",
             license="Apache-2.0",

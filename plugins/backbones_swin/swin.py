@@ -1,5 +1,6 @@
 """Swin Transformer (Liu et al., https://arxiv.org/abs/2103.14030)."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from backbones.layers import (
     Layer,
     Mlp,
     RelativePositionBias,
+    Resampling,
     TableCache,
     attend,
     ceil_div,
@@ -28,7 +30,10 @@ from backbones.layers import (
 )
 from backbones.weights import KeyLayout
 
+RESAMPLING = Resampling("bicubic")  # of the official dense-prediction code
+
 _BLOCKS = (
+    (r"^absolute_pos_embed$", "stem.pos_embed"),
     (r".*\.(relative_position_index|attn_mask)$", ""),  # computed here
     (r"\.relative_position_bias_table$", ".bias.table"),
 )
@@ -97,11 +102,18 @@ class SwinTransformer(Backbone):
         depths: blocks per stage.
         heads: attention heads per stage.
         window_size: side of the windows, in cells; 12 for weights trained at 384 x 384.
+        ape: whether patches have absolute positions, too, which are resized bicubically for maps of other sizes.
+        img_size: side, or (height, width), of the images that the table of those is made for.
+        patch_norm: whether patches are normed.
         **options: those of `backbones.Backbone`; `out_norm=True` is the official dense-prediction code's norm.
     """
 
     key_layouts = (TIMM, OFFICIAL, TORCHVISION, OPENMMLAB, OPENMMLAB_CLASSIFIER)
     output_strides = (8, 16, 32)
+    remedies = (
+        (r"pos_embed$", "absolute positions", "build with ape=True"),
+        (r"^stem\.norm\.", "a norm of patches", "build with patch_norm=True"),
+    )
     size_divisor = 4  # the stem's patches; all else pads for itself
 
     def __init__(
@@ -110,13 +122,18 @@ class SwinTransformer(Backbone):
         depths: Sequence[int] = (2, 2, 6, 2),
         heads: Sequence[int] = (3, 6, 12, 24),
         window_size: int = 7,
+        ape: bool = False,
+        img_size: int | tuple[int, int] = 224,
+        patch_norm: bool = True,
         **options: Any,
     ):
         super().__init__(channels=dims, strides=(4, 8, 16, 32), **options)
         if window_size < 1:
             raise InputError(f"SwinTransformer: window_size={window_size} must be at least 1")
         drop_path = self.drop_path_rates(depths)
-        self.stem = PatchEmbed(self.in_chans, dims[0])
+        sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        grid = tuple(ceil_div(side, 4) for side in sides)
+        self.stem = PatchEmbed(self.in_chans, dims[0], patch_norm, grid if ape else None)
         self.stages = nn.ModuleList(
             self.wanted(
                 Stage(
@@ -133,6 +150,17 @@ class SwinTransformer(Backbone):
         )
         self.apply(init_linear)
 
+    def adapt_table(self, name: str, value: Tensor, checkpoint: Mapping[str, Tensor]) -> Tensor:
+        if name != "stem.pos_embed":
+            return super().adapt_table(name, value, checkpoint)
+        if value.ndim == 3:  # (1, cells, C) of a square map; the dense code has (1, C, rows, columns)
+            side = math.isqrt(value.shape[1])
+            value = value.transpose(1, 2).unflatten(2, (side, side))
+        return RESAMPLING(value.flatten(2).transpose(1, 2), value.shape[2:], self.stem.grid).flatten(1, 2)
+
+    def no_weight_decay(self) -> set[str]:
+        return super().no_weight_decay() | ({"stem.pos_embed"} if self.stem.grid else set())
+
     def make_norm(self) -> nn.Module:
         return layer_norm_2d(self.num_features, eps=1e-5)
 
@@ -141,16 +169,29 @@ class SwinTransformer(Backbone):
 
 
 class PatchEmbed(nn.Module):
-    """Patches of 4 x 4 pixels: (B, C_in, H, W) -> (B, dim, H / 4, W / 4)."""
+    """Patches of 4 x 4 pixels: (B, C_in, H, W) -> (B, dim, H / 4, W / 4).
 
-    def __init__(self, in_chans: int, dim: int):
+    Args:
+        in_chans, dim: C_in, width.
+        norm: whether they are normed.
+        grid: height and width of the map that they have a table of positions for; None for no positions.
+    """
+
+    def __init__(self, in_chans: int, dim: int, norm: bool, grid: tuple[int, int] | None):
         super().__init__()
         self.proj = nn.Conv2d(in_chans, dim, 4, 4)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
+        self.grid = grid
+        self.pos_embed = None if grid is None else nn.Parameter(torch.zeros(1, math.prod(grid), dim))
+        if grid is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.pos_drop = Dropout("pos_drop_rate")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.pos_drop(self.norm(self.proj(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        x = self.norm(self.proj(x).permute(0, 2, 3, 1))
+        if self.pos_embed is not None:
+            x = x + RESAMPLING(self.pos_embed, self.grid, x.shape[1:3])
+        return self.pos_drop(x).permute(0, 3, 1, 2)
 
 
 class Stage(nn.Module):

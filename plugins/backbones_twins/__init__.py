@@ -50,6 +50,7 @@ def _spec(kind: str, size: str, row: tuple, defaults: dict, how: str) -> Backbon
                 metrics={"imagenet_top1": top1} if top1 else {},
             ),
         ),
+        options=("window_size",) if kind == "svt" else (),
         params=params,
         gmacs=gmacs,
         summary=f"pyramid of transformer stages: {how}; convolutional position encodings",

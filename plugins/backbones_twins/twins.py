@@ -9,6 +9,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from backbones.backbone import Backbone
+from backbones.errors import InputError
 from backbones.layers import (
     Attention,
     Blocks,
@@ -67,8 +68,8 @@ class Twins(Backbone):
         heads: attention heads per stage.
         sr_ratios: how much each stage shrinks keys and values of its global attention along each side.
         mlp_ratios: hidden width of each stage's MLP over its width.
-        window_size: side of the windows in which every other block attends, from the first one (SVT); None for global
-            attention in all blocks (PCPVT).
+        window_size: side of the windows in which every other block attends, from the first one (SVT), or one per
+            stage; None for global attention in all blocks (PCPVT).
         **options: those of `backbones.Backbone`. In SVT, `out_norm` follows the official dense-prediction code: the
             norm after a stage is what the next stage sees, too.
     """
@@ -85,10 +86,13 @@ class Twins(Backbone):
         heads: Sequence[int] = (2, 4, 8, 16),
         sr_ratios: Sequence[int] = (8, 4, 2, 1),
         mlp_ratios: Sequence[float] = (4, 4, 4, 4),
-        window_size: int | None = 7,
+        window_size: int | Sequence[int] | None = 7,
         **options: Any,
     ):
         super().__init__(channels=dims, strides=(4, 8, 16, 32), **options)
+        windows = [window_size] * 4 if window_size is None or isinstance(window_size, int) else list(window_size)
+        if len(windows) != 4 or any(size is not None and size < 1 for size in windows):
+            raise InputError(f"Twins: window_size={window_size!r} must be a positive side, or four, one per stage")
         drop_path = self.drop_path_rates(depths)
         self.stem = nn.Identity()
         self.stages = nn.ModuleList(
@@ -98,8 +102,8 @@ class Twins(Backbone):
                     blocks=[
                         Block(
                             dims[i],
-                            attn=WindowAttention(dims[i], heads[i], dilation * window_size)
-                            if window_size and j % 2 == 0
+                            attn=WindowAttention(dims[i], heads[i], dilation * windows[i])
+                            if windows[i] and j % 2 == 0
                             else SpatialReductionAttention(dims[i], heads[i], sr_ratios[i]),
                             mlp_ratio=mlp_ratios[i],
                             drop_path=rate,

@@ -167,7 +167,10 @@ def _plain(name: str, family: str, row: tuple, paper: str, defaults: dict) -> Ba
         entry="backbones_vit.vit:VisionTransformer",
         channels=tuple(_SIZES[size][0] >> n for n in doublings),
         defaults={**_size(size), "patch_size": patch_size, **defaults},
-        options=("img_size", "conv_stem", "pyramid", "taps", "window_size", "global_blocks", "global_pool"),
+        options=(
+            *("img_size", "interpolation", "antialias", "conv_stem", "embed_layer", "qkv_bias", "qk_scale", "qk_norm"),
+            *("norm_layer", "act_layer", "pyramid", "taps", "window_size", "global_blocks", "global_pool"),
+        ),
         layer_decay=transformer_layer_decay(_SIZES[size][1]),
         summary="plain transformer over patches; ViTDet's simple pyramid makes its maps",
         paper=paper,
@@ -234,7 +237,7 @@ def _torchvision(name: str) -> list[Weights]:
             recipe,
             side,
             interpolation="bicubic" if "SWAG" in tag else "bilinear",
-            options={"img_size": side} if side != 224 else {},
+            options={"interpolation": "torchvision", **({"img_size": side} if side != 224 else {})},
             aliases=(model.lower(),),
         )
         for tag, *facts, side, recipe in rows

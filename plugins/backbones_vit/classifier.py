@@ -1,6 +1,7 @@
 """The classifier of plain and hybrid transformers: on the class token, on pooled patches, or on both."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ class TokenClassifier(Backbone):
     prefix_tokens: int
     representation_size: int | None
     fc_norm: nn.Module
+    norm_layer: Callable[[int], nn.Module]
 
     @property
     def head_hidden_size(self) -> int:
@@ -56,7 +58,7 @@ class TokenClassifier(Backbone):
             raise InputError(f"global_pool={global_pool!r} needs class_token=True; use global_pool='avg'")
 
     def make_norm(self) -> nn.Module:
-        return nn.LayerNorm(self.num_features, eps=1e-6)
+        return self.norm_layer(self.num_features)
 
     def make_head(self) -> None:
         norm = self.fc_norm if isinstance(self.norm, nn.Identity) else self.norm
@@ -75,7 +77,7 @@ class TokenClassifier(Backbone):
 
     def norm_where_it_is(self, layout: KeyLayout) -> KeyLayout:
         """A layout whose norm goes where this classifier has its own: before pooling or after."""
-        if isinstance(getattr(self, "fc_norm", None), nn.LayerNorm):
+        if not isinstance(getattr(self, "fc_norm", nn.Identity()), nn.Identity):
             return KeyLayout(layout.name, (*layout.renames, (r"^norm\.", "fc_norm.")), layout.prepare)
         return layout
 

@@ -46,6 +46,8 @@ class HybridVisionTransformer(VisionTransformer):
     ):
         if not 1 <= len(cnn_depths) <= 4 or min(cnn_depths) < 1:
             raise InputError(f"cnn_depths={tuple(cnn_depths)} must be one to four positive numbers of bottlenecks")
+        if options.get("embed_layer") is not None:
+            raise InputError("a hybrid's patches come from its ResNet; leave embed_layer out")
         self.cnn_depths = tuple(cnn_depths)  # before anything is built, because `make_patch_embed` reads it
         patch_size = STRIDES[len(cnn_depths) - 1]
         super().__init__(dim, depth, heads, patch_size, conv_stem=None, pyramid=pyramid, **options)

@@ -6,23 +6,24 @@ https://arxiv.org/abs/2203.16527. Convolutional stem: Xiao et al., https://arxiv
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import resample_abs_pos_embed, to_2tuple
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from backbones.errors import InputError, WeightsError
-from backbones.layers import Dropout, TableCache, init_linear, run_blocks
+from backbones.layers import Dropout, Resampling, TableCache, init_linear, run_blocks
 from backbones.pyramid import Pyramid
 from backbones.weights import KeyLayout
 
-from .blocks import Block
+from .blocks import ActLayer, Block, NormLayer, make_norm_layer
 from .classifier import TokenClassifier
-from .patches import ConvStem, PatchEmbed
+from .patches import ConvStem, PatchEmbed, foreign_embed
 
 STRIDES = (4, 8, 16, 32)
 
@@ -44,6 +45,12 @@ TORCHVISION = KeyLayout(
         (r"^heads\.pre_logits\.", "pre_logits.fc."),
     ),
 )
+#: How those who publish weights resize positions, by what `interpolation` calls them.
+RESAMPLINGS = {
+    "timm": Resampling("bicubic", antialias=True),
+    "torchvision": Resampling("bicubic", corners=True),
+    "official": Resampling("bicubic"),
+}
 DEIT3 = KeyLayout("DeiT III", ((r"\.gamma_([12])$", r".ls\1.gamma"),))
 
 
@@ -83,12 +90,22 @@ class VisionTransformer(TokenClassifier):
         reg_tokens: number of register tokens.
         no_embed_class: keep positions off the class and register tokens (DeiT III).
         init_values: start of the layer scale; None for no layer scale.
+        qkv_bias: whether queries, keys and values have a bias.
+        qk_scale: what attention logits are multiplied by; one over the root of a head's width unless given.
         qk_norm: norms queries and keys of each head.
-        conv_stem: widths of 3x3 convolutions of stride 2, or pairs (width, stride), that replace the patch
-            projection together with a last 1x1; strides multiply to `patch_size`.
+        norm_layer: what norms are: a class, or what makes one of a width, or its name in timm.
+        act_layer: activation of the MLPs: a class, or its name in timm.
+        embed_layer: what turns images into patches, called as timm calls it where sizes vary; see `ForeignEmbed`.
+        conv_stem: convolutions that replace the patch projection together with a last 1x1, each as torchvision's
+            `ConvStemConfig` or a dict of the same; a width alone is a 3x3 of stride 2, and a pair is (width, stride).
+            Strides multiply to `patch_size`.
         representation_size: width of a tanh layer before the classifier.
         pyramid: "simple" (ViTDet: all levels from the last block), "taps" (BEiT: each level from a block of its
             own) or "plain" (the one map of the patches' stride).
+        interpolation: how positions are found for other sizes: "timm" (bicubic, antialiased), "torchvision" (bicubic,
+            corners aligned), "official" (bicubic: DeiT, DeiT III, DINOv2), or a mode of `F.interpolate`. Published
+            weights of torchvision imply its own; a file of weights does not say.
+        antialias: whether smaller tables are antialiased, instead of what `interpolation` says.
         taps: for "taps", the four blocks, counted from 1, whose outputs the levels take; a third, half, two
             thirds and all of the depth unless given.
         window_size: side, in patches, of the windows that all but the global blocks attend in; 0 for none.
@@ -132,10 +149,17 @@ class VisionTransformer(TokenClassifier):
         reg_tokens: int = 0,
         no_embed_class: bool = False,
         init_values: float | None = None,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
         qk_norm: bool = False,
+        norm_layer: NormLayer | None = None,
+        act_layer: ActLayer | None = None,
+        embed_layer: Callable[..., nn.Module] | None = None,
         conv_stem: ConvStem | None = None,
         representation_size: int | None = None,
         pyramid: str = "simple",
+        interpolation: str = "timm",
+        antialias: bool | None = None,
         taps: Sequence[int] | None = None,
         window_size: int = 0,
         global_blocks: Sequence[int] | None = None,
@@ -153,6 +177,8 @@ class VisionTransformer(TokenClassifier):
         self.patch_stride = patch_size
         while self.patch_stride > output_stride in (8, 16):
             self.patch_stride //= 2
+        self.norm_layer = make_norm_layer(norm_layer)
+        self.resampling = _resampling(interpolation, antialias)
         channels, strides, taps = self.levels(pyramid, dim, self.patch_stride, output_stride, depth, taps)
         self.class_token = class_token
         self.distilled = distilled
@@ -178,7 +204,12 @@ class VisionTransformer(TokenClassifier):
                 "build the classifier with window_size=0"
             )
 
-        self.patch_embed = self.make_patch_embed(dim, patch_size, conv_stem)
+        if embed_layer is None:
+            self.patch_embed = self.make_patch_embed(dim, patch_size, conv_stem)
+        else:
+            self.patch_embed = foreign_embed(
+                embed_layer, to_2tuple(img_size), patch_size, self.patch_stride, self.in_chans, dim, conv_stem
+            )
         self.grid = tuple(side // patch_size for side in to_2tuple(img_size))
         if min(self.grid) < 1:
             raise InputError(f"img_size={img_size} is smaller than a patch of {patch_size}")
@@ -204,13 +235,17 @@ class VisionTransformer(TokenClassifier):
                 init_values,
                 drop_path[i],
                 window=0 if i in global_blocks else window_size,
+                qkv_bias=qkv_bias,
+                qk_scale=qk_scale,
                 qk_norm=qk_norm,
+                norm_layer=self.norm_layer,
+                act_layer=act_layer,
             )
             for i in range(built)
         )
         if self.features_only and built:
             if self.out_norm:
-                self.norm = nn.LayerNorm(dim, eps=1e-6)
+                self.norm = self.norm_layer(dim)
             if pyramid != "plain":
                 own = [stride for i, stride in zip(self.out_indices, self.strides, strict=True) if taps[i]]
                 self.pyramid = Pyramid(dim, self.patch_stride, own, halve=pyramid == "simple")
@@ -306,19 +341,22 @@ class VisionTransformer(TokenClassifier):
                 f"model's {self.grid}; build the model with the img_size=(height, width) that the checkpoint was "
                 "trained at, and with no_embed_class=True if its tokens have no positions"
             )
-        patches = resample_abs_pos_embed(value[:, prefix:], self.grid, grid, num_prefix_tokens=0)
+        patches = self.resampling(value[:, prefix:], grid, self.grid).flatten(1, 2)
         kept = value[:, : min(prefix, self.embedded_prefix)]
         fresh = value.new_zeros(1, self.embedded_prefix - kept.shape[1], value.shape[-1])
         return torch.cat((kept, fresh, patches), dim=1)
 
+    def positions(self, height: int, width: int) -> Tensor:
+        """(1, rows, dim): those of the prefix tokens that have one, then of height x width patches."""
+        prefix, patches = self.pos_embed.tensor_split((self.embedded_prefix,), dim=1)
+        return torch.cat((prefix, self.resampling(patches, self.grid, (height, width)).flatten(1, 2)), dim=1)
+
     def _embed(self, x: Tensor) -> Tensor:
         """Patches (B, h, w, dim) with positions and prefix tokens: (B, tokens, dim); windowed models stay 4-D."""
         batch, height, width, _ = x.shape
-        resample = partial(
-            resample_abs_pos_embed, self.pos_embed, (height, width), self.grid, num_prefix_tokens=self.embedded_prefix
-        )
         key = (height, width, x.device, x.dtype)
-        positions = self._positions.get(key, resample) if self.fast else resample()
+        resized = partial(self.positions, height, width)
+        positions = self._positions.get(key, resized) if self.fast else resized()
         if not self.prefix:
             return x + positions.reshape(1, height, width, -1)
         x = x.flatten(1, 2)
@@ -329,3 +367,14 @@ class VisionTransformer(TokenClassifier):
             tokens = [torch.cat(tokens, dim=1) + positions[:, : self.prefix_tokens]]
             x = x + positions[:, self.prefix_tokens :]
         return torch.cat([*(t.expand(batch, -1, -1) for t in tokens), x], dim=1)
+
+
+def _resampling(interpolation: str, antialias: bool | None) -> Resampling:
+    """What the options of those names say."""
+    found = RESAMPLINGS.get(interpolation)
+    if found is None:
+        if interpolation not in ("bicubic", "bilinear", "nearest"):
+            known = ", ".join(map(repr, (*RESAMPLINGS, "bicubic", "bilinear", "nearest")))
+            raise InputError(f"interpolation={interpolation!r} is unknown; choose from {known}")
+        found = Resampling(interpolation, antialias=interpolation != "nearest")
+    return found if antialias is None else replace(found, antialias=antialias)
