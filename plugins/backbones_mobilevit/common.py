@@ -8,6 +8,7 @@ from timm.layers import DropPath, make_divisible
 from torch import Tensor, nn
 
 from backbones.backbone import Backbone
+from backbones.errors import InputError
 from backbones.layers import Blocks, ConvNorm, Layer, ceil_div, init_conv, init_linear, residual
 from backbones.layers.padding import is_exporting
 from backbones.weights import KeyLayout
@@ -123,21 +124,26 @@ def resize(x: Tensor, height: int, width: int, align_corners: bool) -> Tensor:
     return x
 
 
-def to_patches(x: Tensor) -> Tensor:
-    """(B, H, W, C) of even sides -> (B, H / 2, 2, W / 2, 2, C), without a copy."""
+def to_patches(x: Tensor, size: int) -> Tensor:
+    """(B, H, W, C) of sides that `size` divides -> (B, H / size, size, W / size, size, C), without a copy."""
     if is_exporting():  # the other way asks whether a quotient divides a side, which it cannot prove
-        return x.unfold(1, 2, 2).unfold(2, 2, 2).permute(0, 1, 4, 2, 5, 3)
-    return x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+        return x.unfold(1, size, size).unfold(2, size, size).permute(0, 1, 4, 2, 5, 3)
+    return x.unflatten(2, (-1, size)).unflatten(1, (-1, size))
 
 
 def from_patches(x: Tensor) -> Tensor:
-    """(B, H / 2, 2, W / 2, 2, C) -> (B, H, W, C)."""
+    """(B, H / size, size, W / size, size, C) -> (B, H, W, C)."""
     return x.flatten(3, 4).flatten(1, 2)
 
 
-def even(side: int) -> int:
-    """The side of a map that 2 x 2 patches cover."""
-    return 2 * ceil_div(side, 2)
+def covered(side: int, size: int) -> int:
+    """The side of a map that patches of `size` x `size` cover."""
+    return size * ceil_div(side, size)
+
+
+def check_patch_size(patch_size: int) -> None:
+    if not isinstance(patch_size, int) or patch_size < 1:
+        raise InputError(f"patch_size={patch_size!r} must be a positive number of cells")
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from backbones.layers import Attention, ConvNorm, Layer, Mlp, residual
 
-from .common import MobileTrunk, even, from_patches, resize, to_patches
+from .common import MobileTrunk, check_patch_size, covered, from_patches, resize, to_patches
 
 
 class MobileViT(MobileTrunk):
@@ -27,6 +27,7 @@ class MobileViT(MobileTrunk):
         mlp_ratio: hidden width of a transformer's MLP over its width.
         expand_ratio: width inside an inverted residual over its input's.
         head_dim: width of the classifier's last map.
+        patch_size: side, in cells, of the patches that transformers attend across.
         **options: those of `backbones.Backbone`.
     """
 
@@ -41,10 +42,13 @@ class MobileViT(MobileTrunk):
         mlp_ratio: float = 2.0,
         expand_ratio: float = 4.0,
         head_dim: int = 640,
+        patch_size: int = 2,
         **options: Any,
     ):
+        check_patch_size(patch_size)
+
         def block(i: int, dim: int, depth: int, drop_path: float, dilation: int) -> nn.Module:
-            return MobileViTBlock(dim, attn_dims[i], depth, heads, mlp_ratio, drop_path, dilation)
+            return MobileViTBlock(dim, attn_dims[i], depth, heads, mlp_ratio, drop_path, dilation, patch_size)
 
         super().__init__(block, stem_dims, dims, local_depth, depths, expand_ratio, **options)
         if not self.features_only:
@@ -58,9 +62,18 @@ class MobileViTBlock(nn.Module):
     """A convolution, transformers that see the whole map, and a convolution over that and the input: (B, dim, H, W)."""
 
     def __init__(
-        self, dim: int, attn_dim: int, depth: int, heads: int, mlp_ratio: float, drop_path: float, dilation: int
+        self,
+        dim: int,
+        attn_dim: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float,
+        drop_path: float,
+        dilation: int,
+        patch_size: int,
     ):
         super().__init__()
+        self.patch_size = patch_size
         self.local = ConvNorm(dim, dim, act="silu", dilation=dilation)
         self.embed = nn.Conv2d(dim, attn_dim, kernel_size=1, bias=False)
         self.transformer = nn.Sequential(*(Transformer(attn_dim, heads, mlp_ratio, drop_path) for _ in range(depth)))
@@ -70,9 +83,11 @@ class MobileViTBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        y = resize(self.embed(self.local(x)), even(height), even(width), align_corners=False)
-        # A pixel attends to those of the same place in the other patches; each of the four places is a sequence.
-        patches = to_patches(y.permute(0, 2, 3, 1)).permute(0, 2, 4, 1, 3, 5)  # (B, 2, 2, rows, columns, C)
+        sides = (covered(side, self.patch_size) for side in (height, width))
+        y = resize(self.embed(self.local(x)), *sides, align_corners=False)
+        # A pixel attends to those of the same place in the other patches; each of the places is a sequence.
+        patches = to_patches(y.permute(0, 2, 3, 1), self.patch_size)
+        patches = patches.permute(0, 2, 4, 1, 3, 5)  # (B, size, size, rows, columns, C)
         tokens = self.norm(self.transformer(patches.flatten(3, 4).flatten(0, 2)))
         patches = tokens.view(patches.shape).permute(0, 3, 1, 4, 2, 5)
         y = from_patches(patches).permute(0, 3, 1, 2)

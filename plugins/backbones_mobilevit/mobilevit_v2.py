@@ -21,7 +21,7 @@ from backbones.layers import (
     residual,
 )
 
-from .common import MobileTrunk, even, from_patches, resize, to_patches
+from .common import MobileTrunk, check_patch_size, covered, from_patches, resize, to_patches
 
 
 class MobileViTv2(MobileTrunk):
@@ -35,6 +35,7 @@ class MobileViTv2(MobileTrunk):
         depths: transformers in each of the last three stages.
         mlp_ratio: hidden width of a transformer's MLP over its width.
         expand_ratio: width inside an inverted residual over its input's.
+        patch_size: side, in cells, of the patches that transformers attend across.
         **options: those of `backbones.Backbone`.
     """
 
@@ -44,12 +45,14 @@ class MobileViTv2(MobileTrunk):
         depths: tuple[int, int, int] = (2, 4, 3),
         mlp_ratio: float = 2.0,
         expand_ratio: float = 2.0,
+        patch_size: int = 2,
         **options: Any,
     ):
+        check_patch_size(patch_size)
         stem, first, *dims = (make_divisible(width * dim) for dim in (32, 64, 128, 256, 384, 512))
 
         def block(i: int, dim: int, depth: int, drop_path: float, dilation: int) -> nn.Module:
-            return MobileViTv2Block(dim, depth, mlp_ratio, drop_path, dilation)
+            return MobileViTv2Block(dim, depth, mlp_ratio, drop_path, dilation, patch_size)
 
         super().__init__(block, (stem, first), dims, 2, depths, expand_ratio, **options)
 
@@ -57,30 +60,33 @@ class MobileViTv2(MobileTrunk):
 class MobileViTv2Block(nn.Module):
     """A depth-wise convolution and transformers of half the width: (B, dim, H, W)."""
 
-    def __init__(self, dim: int, depth: int, mlp_ratio: float, drop_path: float, dilation: int):
+    def __init__(self, dim: int, depth: int, mlp_ratio: float, drop_path: float, dilation: int, patch_size: int):
         super().__init__()
+        self.patch_size = patch_size
         attn_dim = make_divisible(dim / 2)
         self.local = ConvNorm(dim, dim, groups=dim, act="silu", dilation=dilation)
         self.embed = nn.Conv2d(dim, attn_dim, kernel_size=1, bias=False)
-        self.transformer = nn.Sequential(*(Transformer(attn_dim, mlp_ratio, drop_path) for _ in range(depth)))
+        self.transformer = nn.Sequential(
+            *(Transformer(attn_dim, mlp_ratio, drop_path, patch_size) for _ in range(depth))
+        )
         self.norm = nn.GroupNorm(1, attn_dim)
         self.project = ConvNorm(attn_dim, dim, kernel=1)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        x = resize(x, even(height), even(width), align_corners=True)
+        x = resize(x, *(covered(side, self.patch_size) for side in (height, width)), align_corners=True)
         x = self.norm(self.transformer(self.embed(self.local(x))))
         # Interpolation and 1x1 convolution commute; the map is narrower before.
         return self.project(resize(x, height, width, align_corners=True))
 
 
 class Transformer(Layer):
-    """Separable attention and MLP with residuals, on maps (B, C, H, W) of even sides."""
+    """Separable attention and MLP with residuals, on maps (B, C, H, W) of sides that patches cover."""
 
-    def __init__(self, dim: int, mlp_ratio: float, drop_path: float):
+    def __init__(self, dim: int, mlp_ratio: float, drop_path: float, patch_size: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(1, dim)
-        self.attn = SeparableAttention(dim)
+        self.attn = SeparableAttention(dim, patch_size)
         self.norm2 = nn.GroupNorm(1, dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
@@ -91,10 +97,11 @@ class Transformer(Layer):
 
 
 class SeparableAttention(nn.Module):
-    """Attention with one learned query: each place of the 2 x 2 patches has one context, which gates the values."""
+    """Attention with one learned query: each place in the patches has one context, which gates the values."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, patch_size: int = 2):
         super().__init__()
+        self.patch_size = patch_size
         self.qkv_proj = nn.Conv2d(dim, 1 + 2 * dim, kernel_size=1)
         self.attn_drop = Dropout("attn_drop_rate")
         self.out_proj = nn.Conv2d(dim, dim, kernel_size=1)
@@ -102,7 +109,7 @@ class SeparableAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dim = x.shape[1]
-        qkv = to_patches(self.qkv_proj(x).permute(0, 2, 3, 1))  # (B, rows, 2, columns, 2, 1 + 2 * C)
+        qkv = to_patches(self.qkv_proj(x).permute(0, 2, 3, 1), self.patch_size)  # (B, rows, 2, columns, 2, 1 + 2 * C)
         query, key, value = qkv.split((1, dim, dim), dim=-1)
         scores = query.transpose(2, 3).flatten(1, 2).softmax(1)  # over the patches: (B, rows * columns, 2, 2, 1)
         scores = scores.unflatten(1, (qkv.shape[1], qkv.shape[3])).transpose(2, 3)
@@ -115,7 +122,7 @@ class SeparableAttention(nn.Module):
 
 
 class FastSeparableAttention(Layer):
-    """The same with keys for four sums, not for every pixel.
+    """The same with keys for one sum per place, not for every pixel.
 
     The scores of a place sum to 1 over the patches, so that its context, the weighted sum of keys, is the key of the
     weighted sum of pixels.
@@ -131,26 +138,28 @@ class FastSeparableAttention(Layer):
             part.weight = nn.Parameter(weight[start : start + dim].clone().reshape(part.weight.shape))
             part.bias = nn.Parameter(bias[start : start + dim].clone())
         self.out_proj = layer.out_proj
+        self.patch_size = layer.patch_size
         self._places = TableCache(entries=2)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, dim, height, width = x.shape
+        size = self.patch_size
         tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
         key = (height, width, x.device, x.dtype)
-        # (B, H W) -> (B, 4, H W): in each row, scores of one place over the patches, and zeros elsewhere
-        scores = (tokens @ self.query)[:, None] + self._places.get(key, lambda: places(*key))
-        context = self.key(scores.softmax(-1) @ tokens)  # (B, 4, C)
-        value = to_patches(self.value(x).permute(0, 2, 3, 1))
-        context = context.reshape(batch, 1, 2, 1, 2, dim)
+        # (B, H W) -> (B, size * size, H W): in each row, scores of one place over the patches, and zeros elsewhere
+        scores = (tokens @ self.query)[:, None] + self._places.get(key, lambda: places(*key, size))
+        context = self.key(scores.softmax(-1) @ tokens)  # (B, size * size, C)
+        value = to_patches(self.value(x).permute(0, 2, 3, 1), size)
+        context = context.reshape(batch, 1, size, 1, size, dim)
         gated = from_patches(value.mul_(context) if may_overwrite(value, context) else value * context)
         return self.out_proj(gated.permute(0, 3, 1, 2))
 
 
-def places(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(4, H W): 0 where a pixel has the row's place in its 2 x 2 patch, -inf elsewhere."""
-    rows, columns = (torch.arange(side, device=device) % 2 for side in (height, width))
-    place = (2 * rows[:, None] + columns).flatten()
-    elsewhere = place != torch.arange(4, device=device)[:, None]
+def places(height: int, width: int, device: torch.device, dtype: torch.dtype, size: int) -> Tensor:
+    """(size * size, H W): 0 where a pixel has the row's place in its patch, -inf elsewhere."""
+    rows, columns = (torch.arange(side, device=device) % size for side in (height, width))
+    place = (size * rows[:, None] + columns).flatten()
+    elsewhere = place != torch.arange(size * size, device=device)[:, None]
     return torch.zeros(elsewhere.shape, device=device, dtype=dtype).masked_fill_(elsewhere, float("-inf"))
 
 

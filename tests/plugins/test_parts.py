@@ -11,7 +11,7 @@ from timm.layers import PatchEmbed
 from torch import nn
 from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer, interpolate_embeddings
 
-from backbones import InputError, WeightsError, backbone_info, build_backbone
+from backbones import InputError, WeightsError, backbone_info, build_backbone, for_inference
 from backbones.weights import load_weights
 
 SMALL = {"dim": 48, "depth": 2, "heads": 3, "patch_size": 8, "img_size": 32}
@@ -166,6 +166,22 @@ def test_windows_and_grids_of_maxvit_may_differ():
     assert [m.shape[-1] for m in model.eval()(torch.randn(1, 3, 50, 50))] == [13, 7, 4, 2]
     same = build_backbone("maxvit_rmlp_pico_rw", depths=(1, 1, 1, 1), partition=8, position_hidden=None)
     assert same.stages[0][0].window.size == same.stages[0][0].grid.size == 8
+
+
+@pytest.mark.parametrize("name", ["mobilevit_xxs", "mobilevitv2_050"])
+def test_patches_of_mobilevit_may_be_larger(name, randomise, assert_equals_reference):
+    reference = randomise(timm.create_model(name)).eval()
+    for module in reference.modules():
+        if hasattr(module, "patch_area"):
+            module.patch_size, module.patch_area = ((4, 4) if isinstance(module.patch_size, tuple) else 4), 16
+    model = build_backbone(name, features_only=False, patch_size=4).eval()
+    load_weights(model, reference.state_dict())
+    images = torch.randn(1, 3, 256, 128)
+    with torch.no_grad():
+        assert_equals_reference("patches", model(images), reference(images))
+        assert_equals_reference("patches, fast", for_inference(model)(images), reference(images))
+    with pytest.raises(InputError, match="patch_size=0"):
+        build_backbone(name, patch_size=0)
 
 
 def test_swin_has_absolute_positions_and_unnormed_patches_if_asked(randomise):
