@@ -202,7 +202,7 @@ class Student(LightningModule):
 
     def _statistics(self) -> tuple[Any, Any]:
         """Mean and std by which its backbone's images are normalised."""
-        transform = getattr(self.model, "transform", None)
+        transform: Any = getattr(self.model, "transform", None)
         if transform is not None:  # a detector, or several heads with one pass
             return transform.image_mean, transform.image_std
         config = self.model.inner_backbone.pretrained_cfg
