@@ -1,6 +1,7 @@
 """Schedules: timm's rates step by step, warm-up told in epochs or steps, cycles that fill the training, a plateau."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -157,3 +158,10 @@ def test_a_schedule_that_the_training_is_too_short_for_leaves_no_folder(capsys):
     assert main(["fit", "segmentation", *SMALL, "--model.schedule_options={cycle_mul: 2}", "--out=run"]) == 2
     assert "give cycle_limit" in capsys.readouterr().err
     assert not Path("run").exists()
+
+
+def test_what_is_checked_draws_nothing_for_a_schedule():
+    """Else the weights that a run begins with would depend on what is checked before."""
+    before = torch.random.get_rng_state()
+    SegmentationTask.check_schedule(SimpleNamespace(**options("cosine")), epochs=3)
+    assert torch.equal(before, torch.random.get_rng_state())
