@@ -5,12 +5,12 @@ import os
 
 # glibc's names (malloc.h) for what mallopt sets.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-# Free memory from which on some goes back to the system.
-_KEPT = 2**30
+# Free memory from which on some goes back to the system: the most that mallopt takes.
+_KEPT = 2**31 - 1
 
 
 def keep_memory() -> bool:
-    """Has the process keep up to 1 GB that tensors have freed, for the next ones.
+    """Has the process keep up to 2 GB that tensors have freed, for the next ones.
 
     glibc fetches each tensor of over 32 MB anew from the system, which clears it page by page; of a forward pass on a
     CPU, that may be half the time. Peak memory can rise, because what is kept may not fit what comes next. Commands
