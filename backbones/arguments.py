@@ -1,8 +1,9 @@
-"""What callers ask of a backbone, checked: counts, and which maps."""
+"""What callers ask of a backbone, checked: counts, sizes, and which maps."""
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
+from typing import Any
 
 from .errors import InputError
 
@@ -10,6 +11,29 @@ from .errors import InputError
 MOST_CHANNELS, MOST_CLASSES = 10_000, 10_000_000
 
 OutIndices = int | Sequence[int] | None
+
+
+#: Options of every backbone of which None is the default, as in timm; of `out_indices`, it is all maps.
+NONE_IS_DEFAULT = frozenset(
+    {
+        *("attn_drop_rate", "checkpointing", "drop_path_rate", "drop_rate", "features_only", "frozen_stages"),
+        *("global_pool", "img_size", "in_chans", "norm_eval", "num_classes", "out_norm", "output_stride"),
+        *("pos_drop_rate", "proj_drop_rate"),
+    }
+)
+
+
+def without_none(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without those of which None is the default."""
+    return {name: value for name, value in options.items() if value is not None or name not in NONE_IS_DEFAULT}
+
+
+def check_size(name: str, img_size: object) -> None:
+    """Raise InputError for what is neither None, a side nor (height, width)."""
+    sides = list(img_size) if isinstance(img_size, Sequence) else [img_size, img_size]
+    whole = all(isinstance(side, Integral) and not isinstance(side, bool) and side >= 1 for side in sides)
+    if img_size is not None and not (whole and len(sides) == 2):
+        raise InputError(f"{name}: img_size={img_size!r} is no size; give a side in pixels, or (height, width)")
 
 
 def check_count(name: str, option: str, value: object, least: int, most: int) -> None:

@@ -15,9 +15,18 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from . import saving
-from .arguments import MOST_CHANNELS, MOST_CLASSES, OutIndices, check_count, resolve_indices
+from .arguments import (
+    MOST_CHANNELS,
+    MOST_CLASSES,
+    OutIndices,
+    check_count,
+    check_size,
+    resolve_indices,
+    without_none,
+)
 from .classifier import Classifier
 from .errors import InputError, PluginError
+from .intermediates import Intermediates
 from .layers import (
     DROPOUTS,
     Blocks,
@@ -42,12 +51,12 @@ class _Finished(type):
     """Calls `finish` once the outermost constructor has returned, so that no architecture has to."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        model = super().__call__(*args, **kwargs)
+        model = super().__call__(*args, **without_none(kwargs))
         model.finish()
         return model
 
 
-class Backbone(Classifier, metaclass=_Finished):
+class Backbone(Classifier, Intermediates, metaclass=_Finished):
     """An image encoder that returns feature maps at declared strides, for any image size.
 
     An architecture sets `stem` and `stages` (NCHW in, NCHW out), one stage per entry of `strides`, and
@@ -77,6 +86,10 @@ class Backbone(Classifier, metaclass=_Finished):
         drop_rate: dropout before the classifier.
         global_pool: how the classifier pools: "avg", "max", "avgmax" (their mean), "catavgmax" (both) or "" (not at
             all); the class token, where there is one, as "token" and "both" (token and average).
+        img_size: side, or (height, width), of the images that tables are made for, where an architecture has such;
+            images may have any size all the same.
+
+    None stands for the default of each of these, as in timm.
 
     Raises:
         InputError: an option or an image that cannot work; it names the range that can.
@@ -99,6 +112,8 @@ class Backbone(Classifier, metaclass=_Finished):
     remedies                    of parts that some variants have: pattern of their names, what they are, what takes them
     weight_options              options that only say which weights to load; a saved model is built without them
     overwrites                  True for layers of a library that overwrite what other layers have returned
+    runs_stages                 whether `stem`, then `stages`, is all that `forward_features` runs; told by itself
+    head_hidden_size            width of what the last layer sees; where `make_pre_logits` changes it
     low_precision               False keeps `for_inference(dtype=torch.bfloat16)` from running it in that precision
     ==========================  =====================================================================================
 
@@ -106,6 +121,7 @@ class Backbone(Classifier, metaclass=_Finished):
     method                      what it does
     ==========================  =====================================================================================
     forward_features            maps of images, by index; where the network is not `stem`, then `stages`
+    forward_intermediates       maps of each stage or block, for code written for timm; where the network is neither
     forward                     checks images, pads, crops; for a whole network of another library
     pad                         images as `forward_features` takes them
     forward_head                logits of unpooled features
@@ -116,6 +132,8 @@ class Backbone(Classifier, metaclass=_Finished):
     make_head                   sets the classifier's last layer, `head`, for `num_classes`
     get_classifier              the last layer, where it is not `head` alone
     reset_classifier            a last layer for other classes, where `make_head` alone does not do
+    check_pool                  says which `global_pool` cannot be; where more than the kind decides
+    set_input_size              tables for images of another size; where there are such
     make_out_norm               norm of one map for `out_norm=True`
     freezable                   what `frozen_stages` freezes, in turn; where the network is not `stem`, then `stages`
     group_matcher               layers in timm's convention, for lr decay; where the two patterns do not do
@@ -171,6 +189,7 @@ class Backbone(Classifier, metaclass=_Finished):
         num_classes: int = 1000,
         drop_rate: float = 0.0,
         global_pool: str = "avg",
+        img_size: int | tuple[int, int] | None = None,
     ):
         super().__init__()
         name = type(self).__name__
@@ -184,6 +203,7 @@ class Backbone(Classifier, metaclass=_Finished):
             raise InputError(f"{name}: drop_path_rate={drop_path_rate} must be at least 0 and under 1")
         check_count(name, "in_chans", in_chans, 1, MOST_CHANNELS)
         check_count(name, "num_classes", num_classes, 0, MOST_CLASSES)
+        check_size(name, img_size)
         if not features_only and out_indices is not None:
             raise InputError(
                 f"{name}: out_indices chooses feature maps, and features_only=False builds a classifier; "
@@ -231,6 +251,11 @@ class Backbone(Classifier, metaclass=_Finished):
         self.implied_options: dict[str, Any] = {}
 
     # What callers ask
+
+    @property
+    def runs_stages(self) -> bool:
+        """Whether the network is `stem`, then `stages`."""
+        return type(self).forward_features is Backbone.forward_features
 
     @property
     def out_channels(self) -> list[int]:
@@ -311,6 +336,18 @@ class Backbone(Classifier, metaclass=_Finished):
             preset.mean, preset.std = (list(self.pretrained_cfg[key]) for key in ("mean", "std"))
             return preset
         return create_transform(**resolve_data_config(pretrained_cfg=self.pretrained_cfg))
+
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None, **options: Any) -> None:
+        """Makes tables for images of another size, as in timm; where there is none, any size is right already.
+
+        Args:
+            img_size: side, or (height, width).
+            **options: timm's others, such as `patch_size` and `window_size`; None alone.
+        """
+        name = getattr(self, "canonical_name", type(self).__name__)
+        check_size(name, img_size)
+        if given := [key for key, value in options.items() if value is not None]:
+            raise InputError(f"{name}: {', '.join(given)} cannot change once it is built; build it with that")
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Writes weights, options and a model card into a folder, for `backbones.from_pretrained(folder)`.
@@ -409,7 +446,7 @@ class Backbone(Classifier, metaclass=_Finished):
                 self.feature_info.info[i]["module"] = f"out_norms.{i}"
         else:
             self.norm = self.make_norm()
-            self.add_pre_logits()
+            self._add_pre_logits()
             self.make_head()
         set_dropouts(self, self.dropouts)
         self.set_grad_checkpointing(self.checkpointing)

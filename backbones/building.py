@@ -13,6 +13,7 @@ from inspect import Parameter, isclass, signature
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from .arguments import without_none
 from .discovery import Failure, Plugin, describe
 from .errors import InputError, MissingDependency, PluginError
 from .locks import importing
@@ -22,17 +23,13 @@ from .specs import BackboneSpec, Weights
 if TYPE_CHECKING:
     from .backbone import Backbone
 
-# Common options of which None is the default, as in timm; of out_indices, it is all.
-_NONE_IS_DEFAULT = {
-    *("checkpointing", "drop_path_rate", "drop_rate", "features_only", "frozen_stages", "global_pool", "in_chans"),
-    *("norm_eval", "num_classes", "out_norm", "output_stride", "img_size"),
-}
 # Options that change neither the channels nor the strides of a map, so that what the spec says must hold.
 _COMMON = {
     "attn_drop_rate",
     "checkpointing",
     "drop_path_rate",
     "frozen_stages",
+    "img_size",
     "in_chans",
     "norm_eval",
     "out_indices",
@@ -45,7 +42,7 @@ _COMMON = {
 def build(plugin: Plugin, spec: BackboneSpec, options: Mapping[str, Any], alias: str = "") -> "Backbone":
     """The model of a spec, asked for under an alias of its weights, perhaps; errors are those of `build_backbone`."""
     _require_dependencies(plugin, spec)
-    options = {name: value for name, value in options.items() if value is not None or name not in _NONE_IS_DEFAULT}
+    options = without_none(options)
     told = options.pop("pretrained_cfg", None) or {}
     if not isinstance(told, Mapping):
         raise InputError(f"pretrained_cfg={told!r}: give a dict of what the model's is to say, such as mean and std")

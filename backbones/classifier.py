@@ -69,7 +69,7 @@ class Classifier(Layer):
         self.num_classes = num_classes
         like = next(self.parameters())
         if self.pooled_features != width:
-            self.add_pre_logits()
+            self._add_pre_logits()
         self.make_head()
         for name, part in self.named_children():
             if name in ("pre_logits", *self.new_parts):
@@ -83,7 +83,9 @@ class Classifier(Layer):
             *some, last = map(repr, self.global_pools)
             known = f"{', '.join(some)} and {last}" if some else last
             token = "; it has no class token" if global_pool in ("token", "both") else ""
-            raise InputError(f"{type(self).__name__}: global_pool={global_pool!r} is unknown{token}; there is {known}")
+            raise InputError(
+                f"{type(self).__name__}: global_pool={global_pool!r} is unknown{token}; choose from {known}"
+            )
 
     def make_norm(self) -> nn.Module:
         """Norm between a classifier's last stage and its pooling; none unless an architecture has one."""
@@ -97,7 +99,7 @@ class Classifier(Layer):
         """
         return nn.Identity()
 
-    def add_pre_logits(self) -> None:
+    def _add_pre_logits(self) -> None:
         """Sets `pre_logits`, which is new by nature where published weights have a narrower one."""
         self.pre_logits = self.make_pre_logits().apply(init_linear)
         if self.pooled_features != self.num_features and next(self.pre_logits.parameters(), None) is not None:

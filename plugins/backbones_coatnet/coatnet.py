@@ -111,7 +111,7 @@ class CoAtNet(Backbone):
         hidden_head: bool = True,
         **options: Any,
     ):
-        super().__init__(channels=dims, strides=(4, 8, 16, 32), **options)
+        super().__init__(channels=dims, strides=(4, 8, 16, 32), img_size=img_size, **options)
         for name, value, known in (
             ("stride_mode", stride_mode, ("dw", "pool")),
             ("pool", pool, ("avg", "max")),

@@ -135,7 +135,7 @@ class PyramidVisionTransformer(Backbone):
         global_pool: str = "token",
         **options: Any,
     ):
-        super().__init__(channels=dims, strides=(4, 8, 16, 32), global_pool=global_pool, **options)
+        super().__init__(channels=dims, strides=(4, 8, 16, 32), global_pool=global_pool, img_size=img_size, **options)
         if not self.features_only and sr_ratios[-1] != 1:
             raise InputError(
                 f"{type(self).__name__}: sr_ratios={tuple(sr_ratios)} end with more than 1, where a classifier's class "
@@ -170,6 +170,10 @@ class PyramidVisionTransformer(Backbone):
         """Logits (B, num_classes) of tokens (B, 1 + cells, C), that of the class first; or what the head sees."""
         x = F.dropout(pool_tokens(features, self.global_pool), self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
+
+    @property
+    def runs_stages(self) -> bool:
+        return self.features_only  # the classifier's last stage has tokens, not a map
 
     def make_norm(self) -> nn.Module:
         return nn.LayerNorm(self.num_features, eps=1e-6)

@@ -27,11 +27,16 @@ def catalogue() -> list[str]:
 
 @hookimpl
 def find_backbone(name: str) -> BackboneSpec | None:
-    """A model of the table; or, where a newer timm is installed, one that it has beside them, measured now."""
-    facts = table.models().get(name)
+    """A model of the table, under a name that timm has given up, perhaps.
+
+    Or one that is measured now: somebody's own, registered with timm, or a newer timm's.
+    """
+    current, _ = table.former().get(name, (name, ""))
+    facts = None if table.is_users(current) else table.models().get(current)
     if facts is not None:
-        return describe(facts, table.weights(name))
-    if "." in name or not _is_newer(version("timm"), table.measured_with()):
+        return describe(facts, table.weights(current)).under(name)
+    newer = "." not in name and _is_newer(version("timm"), table.measured_with())
+    if not (newer or table.is_users(name)):
         return None
     import timm
 
@@ -39,7 +44,7 @@ def find_backbone(name: str) -> BackboneSpec | None:
         return None
     from .measure import measure, published
 
-    return describe(measure(name), published(name))
+    return describe(measure(name), tuple(published(name)))
 
 
 def describe(facts: table.Facts, weights: tuple = ()) -> BackboneSpec:

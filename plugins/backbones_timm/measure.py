@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from timm.layers import to_2tuple
-from timm.models import model_entrypoint
+from timm.models import get_deprecated_models, model_entrypoint
 from torch import Tensor, nn
 
 from backbones import Weights
@@ -30,6 +30,9 @@ _SMALL = ((1, 1), (5, 300))
 _MINIMA = (1, 2, 4, 8, 16, 32, 64, 96, 128)
 # Multiples of the coarsest stride that windows of 7, 8, 12, ... patches need.
 _WINDOWS = (2, 7, 8, 10, 12, 14, 16, 24)
+
+# What a model that somebody registers with timm may lack, and no backbone can be made without.
+_INTERFACE = ("feature_info", "forward_intermediates", "prune_intermediate_layers", "pretrained_cfg", "num_features")
 
 Sizes = list[tuple[int, int, int]]
 
@@ -105,6 +108,8 @@ def measure(name: str, siblings: dict[Any, Sibling] | None = None, **options: An
                 continue  # the model has no such option
             raise
         known["params"] = round(sum(p.numel() for p in probe.model.parameters()) / 1e6, 2)
+        if lacks := [part for part in _INTERFACE if not hasattr(probe.model, part)]:
+            return Facts(**known, refused=f"it has no {' and no '.join(lacks)}, as timm's own models have")
         parts = _parts(probe.model)
         sibling = siblings.get(parts)
         try:
@@ -124,7 +129,7 @@ def measure(name: str, siblings: dict[Any, Sibling] | None = None, **options: An
             )
         found = known | {
             "levels": tuple(levels),
-            "blocks": count if count > 1 and len(levels) == 1 else 0,
+            "blocks": count if len(levels) == 1 else 0,
             "options": flexible,
             "pad_convolutions": pad_convolutions,
             "output_strides": sibling.output_strides,
@@ -167,7 +172,19 @@ def _row(cfg: Any) -> Weights | None:
         std=tuple(cfg.std),
         interpolation=cfg.interpolation,
         license=cfg.license or "",
+        classes=cfg.num_classes,
     )
+
+
+def former() -> dict[str, str]:
+    """Names that timm has given up and still builds, with the model, and its weights, that each now is."""
+    names = get_deprecated_models().items()
+    return {name: now for name, now in names if now and timm.is_model(now.partition(".")[0]) and _has_tag(now)}
+
+
+def _has_tag(name: str) -> bool:
+    model, _, tag = name.partition(".")
+    return not tag or tag in [row.tag for row in published(model)]
 
 
 class _Probe:
@@ -329,7 +346,7 @@ def _table(names: Sequence[str]) -> Iterator[Facts]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures the models of the installed timm, and writes models.csv and weights.csv."""
+    """Measures the models of the installed timm, and writes models.csv, weights.csv and former.csv."""
     parser = argparse.ArgumentParser(prog="python -m backbones_timm.measure", description=main.__doc__)
     parser.add_argument("names", nargs="*", help="only these, printed and not written")
     parser.add_argument("--missing", action="store_true", help="keep what the table has, and add what it has not")
@@ -345,6 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tagged: dict[str, list[str]] = {}
     for full in timm.list_pretrained():
         tagged.setdefault(full.partition(".")[0], []).append(full)
+    table.write_former(former())
     table.write_weights({name: published(name, tagged.get(name, ())) for name in names})
 
 

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -15,8 +16,10 @@ from timm.layers import to_2tuple
 from timm.models import group_parameters
 from torch import Tensor, nn
 
+from backbones.arguments import check_size
 from backbones.backbone import Backbone
 from backbones.errors import InputError, MissingDependency
+from backbones.intermediates import Indices
 from backbones.layers import DROPOUTS, ceil_div, crop_to, hold_statistics, hooks_kept
 from backbones.pyramid import Pyramid
 from backbones.weights import KeyLayout
@@ -46,8 +49,8 @@ class TimmBackbone(Backbone):
 
     Args:
         model_name: timm's name, without a tag.
-        img_size: side, or (height, width), of the images to build for, where the model needs to know;
-            those of its published weights unless given. Smaller images are padded to it.
+        img_size: side, or (height, width), of the images to build for, where the model needs to know; those of its
+            published weights unless given. Smaller images are padded to it.
         pyramid: how the maps that the model lacks are made: "simple" (ViTDet: each up-sampling halves the width),
             "taps" (BEiT: each map from a block of its own, widths stay; for models of one stride) or "plain" (not
             at all).
@@ -86,14 +89,15 @@ class TimmBackbone(Backbone):
         features_only = common.get("features_only", True)
         if img_size is not None:
             options["img_size"] = to_2tuple(img_size)
-        as_measured = timm.__version__ == table.measured_with() and not options
+        as_measured = timm.__version__ == table.measured_with() and not options and not table.is_users(model_name)
         facts = table.models().get(model_name) if as_measured else None
         try:
             facts = facts or measure(model_name, **options)
         except TypeError as error:
-            if img_size is not None and "'img_size'" in str(error):
-                raise InputError(f"timm/{model_name} has no img_size; leave it out") from error
-            raise
+            if img_size is None or "'img_size'" not in str(error):
+                raise
+            del options["img_size"]  # its layers take any size
+            facts = measure(model_name, **options)
         if pyramid not in PYRAMIDS:
             raise InputError(f"pyramid={pyramid!r} is unknown; choose from 'simple', 'taps' and 'plain'")
         if features_only and facts.refused:
@@ -223,6 +227,38 @@ class TimmBackbone(Backbone):
     def forward_head(self, features: Any, pre_logits: bool = False) -> Tensor:
         """Logits of what `forward_features` returns; with `pre_logits`, what the last layer sees."""
         return self.model.forward_head(features, pre_logits=pre_logits)
+
+    def forward_intermediates(self, x: Tensor, indices: Indices = None, **options: Any) -> Any:
+        """What timm's own returns; a backbone of maps has those alone that it was built for.
+
+        Args:
+            x: images (B, in_chans, H, W).
+            indices: of timm's features: None (all), an int for the last n, or indices from 0 or from the end.
+            **options: timm's, such as `norm`, `stop_early`, `output_fmt` and `intermediates_only`.
+        """
+        self._check_images(x)
+        try:
+            return self.model.forward_intermediates(self.pad(x), indices=indices, **options)
+        except (AssertionError, TypeError) as error:
+            raise InputError(
+                f"timm/{self.model_name}: forward_intermediates({indices=}, {options}): {error}"
+            ) from error
+
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None, **options: Any) -> None:
+        """timm's own, where the model has one."""
+        if not hasattr(self.model, "set_input_size"):
+            super().set_input_size(img_size, **options)
+            return
+        check_size(f"timm/{self.model_name}", img_size)
+        size = None if img_size is None else to_2tuple(img_size)
+        try:
+            self.model.set_input_size(size, **options)
+        except (AssertionError, TypeError) as error:
+            raise InputError(f"timm/{self.model_name}: set_input_size({img_size=}, {options}): {error}") from error
+        if size and self.facts.side:
+            self.facts = replace(self.facts, side=size)
+        if size:
+            self.build_options["img_size"] = list(size)
 
     def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
         """The layer that yields the logits, or several, as timm's model has it."""

@@ -1,8 +1,9 @@
 """What was measured of timm's models, read without importing timm or torch."""
 
 import csv
+import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,8 +91,36 @@ def measured_with() -> str:
 
 
 def weights(name: str) -> tuple[Weights, ...]:
-    """Published weights of a model, timm's default first."""
-    return tuple(_weights(row) for row in _weight_rows().get(name, ()))
+    """Published weights of a model, timm's default first, each with the names that once meant it."""
+    rows = [_weights(row) for row in _weight_rows().get(name, ())]
+    tags = [{row.tag, *([""] if n == 0 else [])} for n, row in enumerate(rows)]
+    former = _former_names().get(name, {})
+    aliases = (tuple(a for tag in each for a in former.get(tag, ())) for each in tags)
+    return tuple(replace(row, aliases=names) if names else row for row, names in zip(rows, aliases, strict=True))
+
+
+@cache
+def former() -> dict[str, tuple[str, str]]:
+    """Of names that timm has given up, the model and the tag of the weights that each now is; no tag is the default."""
+    with open(FOLDER / "former.csv", newline="", encoding="utf-8") as file:
+        return {row["former"]: tuple(row["name"].partition(".")[::2]) for row in csv.DictReader(file)}
+
+
+@cache
+def _former_names() -> dict[str, dict[str, list[str]]]:
+    """Names that timm has given up, by model and tag."""
+    names: dict[str, dict[str, list[str]]] = {}
+    for each, (model, tag) in former().items():
+        names.setdefault(model, {}).setdefault(tag, []).append(each)
+    return names
+
+
+def is_users(name: str) -> bool:
+    """Whether a model of this name was registered with timm by somebody else; never where timm is not imported yet."""
+    models = sys.modules.get("timm.models")
+    if models is None or not models.is_model(name):
+        return False
+    return not models.model_entrypoint(name).__module__.startswith("timm.")
 
 
 def write_models(rows: Iterable[Facts], version: str, path: Path = FOLDER / "models.csv") -> None:
@@ -101,6 +130,14 @@ def write_models(rows: Iterable[Facts], version: str, path: Path = FOLDER / "mod
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(f.name for f in fields(Facts))
         writer.writerows([_text(getattr(row, f.name)) for f in fields(Facts)] for row in rows)
+
+
+def write_former(rows: Mapping[str, str], path: Path = FOLDER / "former.csv") -> None:
+    """Writes the table that `former` reads."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("former", "name"))
+        writer.writerows(rows.items())
 
 
 def write_weights(rows: Mapping[str, Iterable[Weights]], path: Path = FOLDER / "weights.csv") -> None:
@@ -114,7 +151,7 @@ def write_weights(rows: Mapping[str, Iterable[Weights]], path: Path = FOLDER / "
                 writer.writerow([name, *map(_text, values)])
 
 
-_WEIGHT_COLUMNS = ("name", "tag", "source", "input_size", "mean", "std", "interpolation", "license")
+_WEIGHT_COLUMNS = ("name", "tag", "source", "input_size", "mean", "std", "interpolation", "license", "classes")
 
 
 @cache
@@ -129,6 +166,7 @@ def _weight_rows() -> dict[str, list[dict[str, str]]]:
 def _weights(row: dict[str, str]) -> Weights:
     numbers = {"input_size": _integers(row["input_size"])}
     numbers |= {key: tuple(map(float, row[key].split())) for key in ("mean", "std")}
+    numbers["classes"] = int(row["classes"])
     return Weights(**(row | numbers))
 
 

@@ -120,6 +120,10 @@ class Twins(Backbone):
         self.stage_norms = nn.ModuleList(norms if self.in_trunk else ())
         self.apply(_init_weights)
 
+    @property
+    def runs_stages(self) -> bool:
+        return not self.in_trunk
+
     def forward_features(self, images: Tensor) -> list[Tensor] | Tensor:
         if not self.in_trunk:
             return super().forward_features(images)

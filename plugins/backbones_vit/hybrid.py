@@ -64,6 +64,9 @@ class HybridVisionTransformer(VisionTransformer):
             maps |= self.forward_patches(patches)
         return maps
 
+    def embed_patches(self, images: Tensor) -> Tensor:
+        return self.patch_embed(images)[1]
+
     def levels(
         self, pyramid: str, dim: int, patch_stride: int, output_stride: int, depth: int, taps: Sequence[int]
     ) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:

@@ -22,8 +22,8 @@ from backbones.pyramid import Pyramid
 from backbones.weights import KeyLayout
 
 from .blocks import ActLayer, Block, NormLayer, make_norm_layer
-from .classifier import TokenClassifier
 from .patches import ConvStem, PatchEmbed, foreign_embed
+from .tokens import TokenBackbone
 
 STRIDES = (4, 8, 16, 32)
 
@@ -74,7 +74,7 @@ DINOV2 = KeyLayout(
 )
 
 
-class VisionTransformer(TokenClassifier):
+class VisionTransformer(TokenBackbone):
     """A plain transformer over image patches, with a pyramid of feature maps for dense tasks.
 
     Args:
@@ -183,9 +183,15 @@ class VisionTransformer(TokenClassifier):
         self.class_token = class_token
         self.distilled = distilled
         super().__init__(
-            channels=channels, strides=strides, global_pool=global_pool, output_stride=output_stride, **options
+            channels=channels,
+            strides=strides,
+            global_pool=global_pool,
+            output_stride=output_stride,
+            img_size=img_size,
+            **options,
         )
         self.num_features = dim
+        self.patch_size = patch_size
         self.size_divisor = self.patch_stride
         self.pyramid_kind = pyramid
         self.no_embed_class = no_embed_class
@@ -210,9 +216,7 @@ class VisionTransformer(TokenClassifier):
             self.patch_embed = foreign_embed(
                 embed_layer, to_2tuple(img_size), patch_size, self.patch_stride, self.in_chans, dim, conv_stem
             )
-        self.grid = tuple(side // patch_size for side in to_2tuple(img_size))
-        if min(self.grid) < 1:
-            raise InputError(f"img_size={img_size} is smaller than a patch of {patch_size}")
+        self.grid = self._grid(img_size, patch_size)
         self.windowed = window_size > 0
         prefixed = built and not window_size
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if class_token and prefixed else None
@@ -257,7 +261,11 @@ class VisionTransformer(TokenClassifier):
 
     def forward_features(self, images: Tensor) -> list[Tensor] | Tensor:
         """Maps by index; of a classifier, the normed tokens (B, prefix tokens + patches, dim)."""
-        return self.forward_patches(self.patch_embed(self.pad(images)))
+        return self.forward_patches(self.embed_patches(self.pad(images)))
+
+    def embed_patches(self, images: Tensor) -> Tensor:
+        """Patches (B, h, w, dim) of padded images."""
+        return self.patch_embed(images)
 
     def forward_patches(self, x: Tensor) -> dict[int, Tensor] | Tensor:
         """What `forward_features` returns, from embedded patches (B, h, w, dim)."""
@@ -306,6 +314,20 @@ class VisionTransformer(TokenClassifier):
         bounds = [0, *self.quarters]
         return [stem, *(list(self.blocks[a:b]) for a, b in pairwise(bounds))]
 
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | None = None, **options: Any
+    ) -> None:
+        """Resizes the position table to images of another size, as in timm; that of patches stays."""
+        same = patch_size is not None and to_2tuple(patch_size) == to_2tuple(self.patch_size)
+        super().set_input_size(img_size, patch_size=None if same else patch_size, **options)
+        if img_size is None or self.pos_embed is None:
+            return
+        grid = self._grid(img_size, self.patch_size)
+        resized = self.positions(*grid).detach()
+        self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
+        self.grid, self._positions = grid, TableCache()
+        self.build_options["img_size"] = list(to_2tuple(img_size))
+
     def levels(
         self, pyramid: str, dim: int, patch_stride: int, output_stride: int, depth: int, taps: Sequence[int]
     ) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
@@ -350,6 +372,14 @@ class VisionTransformer(TokenClassifier):
         """(1, rows, dim): those of the prefix tokens that have one, then of height x width patches."""
         prefix, patches = self.pos_embed.tensor_split((self.embedded_prefix,), dim=1)
         return torch.cat((prefix, self.resampling(patches, self.grid, (height, width)).flatten(1, 2)), dim=1)
+
+    def _grid(self, img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
+        """How many patches images of a size have along each side."""
+        height, width = (side // patch_size for side in to_2tuple(img_size))
+        if min(height, width) < 1:
+            raise InputError(f"img_size={img_size} is smaller than a patch of {patch_size}")
+        return height, width
+
 
     def _embed(self, x: Tensor) -> Tensor:
         """Patches (B, h, w, dim) with positions and prefix tokens: (B, tokens, dim); windowed models stay 4-D."""

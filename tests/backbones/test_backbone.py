@@ -269,7 +269,6 @@ FOR_CALLERS = {
     "strides",
     "default_cfg",
     "pooled_features",
-    "add_pre_logits",
     "transforms",
     "save_pretrained",
     "push_to_hub",

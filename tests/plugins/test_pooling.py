@@ -79,6 +79,18 @@ def test_tokens_are_pooled_as_maps_are(name, kind, classifier):
     assert model.head.in_features == model.head_hidden_size == seen.shape[1]
 
 
+@pytest.mark.parametrize("kind", ["token", "both", *KINDS])
+def test_pvts_class_token_stands_beside_the_cells_of_its_last_map(kind, classifier):
+    model = classifier("pvt_tiny", kind, depths=(1, 1, 1, 1))
+    tokens = torch.randn(2, 16, model.num_features)
+    cells = tokens[:, 1:].mT.unflatten(2, (3, 5))
+    expected = {"token": tokens[:, 0], "both": torch.cat((tokens[:, 0], cells.mean((2, 3))), 1)}
+    expected |= {each: SelectAdaptivePool2d(pool_type=each)(cells).flatten(1) for each in KINDS}
+    with torch.no_grad():
+        torch.testing.assert_close(model.forward_head(tokens, pre_logits=True), expected[kind], atol=1e-6, rtol=1e-6)
+        assert model(torch.randn(2, 3, 40, 50)).shape == (2, 7)
+
+
 # Ours, timm's, and what both are told so that there is little to compute.
 PAIRS = {
     "vit_tiny_patch16": ("vit_tiny_patch16_224", {"depth": 1}),
@@ -188,7 +200,7 @@ def test_the_norm_of_published_weights_goes_where_the_pooling_has_it(kind, rando
 @pytest.mark.parametrize("name", ["pvt_v2_b0", "torchvision/resnet18"])
 @pytest.mark.parametrize("kind", ["token", "both", "mean"])
 def test_what_a_family_lacks_is_refused(name, kind):
-    with pytest.raises(InputError, match=rf"global_pool='{kind}' is unknown.*; there is 'avg', 'max', 'avgmax'"):
+    with pytest.raises(InputError, match=rf"global_pool='{kind}' is unknown.*; choose from 'avg', 'max', 'avgmax'"):
         build_backbone(name, features_only=False, global_pool=kind)
 
 
@@ -219,7 +231,7 @@ class OwnHead(Backbone):
 
 def test_a_forward_of_its_own_pools_by_what_it_says_alone():
     assert OwnHead(features_only=False, num_classes=3)(torch.randn(1, 3, 8, 8)).shape == (1, 3)
-    with pytest.raises(InputError, match="global_pool='max' is unknown; there is 'avg'"):
+    with pytest.raises(InputError, match="global_pool='max' is unknown; choose from 'avg'"):
         OwnHead(features_only=False, global_pool="max")
 
 

@@ -82,7 +82,7 @@ class TestCatalogue:
 
     def test_info_tells_weights_as_timm_has_them(self):
         rows = backbone_info("timm/resnet50").weights
-        assert rows == tuple(published("resnet50"))
+        assert [replace(row, aliases=()) for row in rows] == published("resnet50")
         default = timm.get_pretrained_cfg("resnet50")
         assert (rows[0].tag, rows[0].source) == (default.tag, f"hf-hub:{default.hf_hub_id}")
         assert len(rows) > 15
@@ -263,7 +263,6 @@ class TestRefusals:
         ("test_resnet", {"frozen_stages": 9}, "frozen_stages=9 is out of range"),
         ("test_resnet", {"stem_widths": 9}, "no option 'stem_widths'"),
         ("test_resnet", {"out_indices": (4,)}, "out_indices"),
-        ("test_resnet", {"img_size": 64}, "timm/test_resnet has no img_size"),
     ])  # fmt: skip
     def test_options_that_the_model_does_not_have(self, name, options, words):
         with pytest.raises(InputError, match=words):

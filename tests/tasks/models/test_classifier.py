@@ -152,7 +152,7 @@ def test_optimizer_groups_hold_every_parameter_once(pool, layer_decay):
         ({"pool": "agv"}, "did you mean 'avg'"),
         (
             {"pool": "cls"},
-            r"pool='cls' does not work with pvt/pvt_v2_b0: .*has no class token; there is 'avg', 'max'",
+            r"pool='cls' does not work with pvt/pvt_v2_b0: .*has no class token; choose from 'avg', 'max'",
         ),
         ({"backbone": {"drop_path_rate": 0.1}}, 'lack "name"'),
         ({"backbone": {"name": "pvt_v2_b0", "num_classes": 7}}, r"have num_classes, which build_classifier decides"),
