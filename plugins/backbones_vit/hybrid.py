@@ -78,9 +78,10 @@ class HybridVisionTransformer(VisionTransformer):
 
     def make_patch_embed(self, dim: int, patch_size: int, conv_stem: None) -> nn.Module:
         last = self.out_indices[-1]
+        dilations = [max(1, stride // self.output_stride) for stride in STRIDES]  # of all stages, whatever is asked for
         if self.features_only and not self.taps[last]:
-            return HybridEmbed(self.in_chans, self.cnn_depths[: last + 1], self.dilations)
-        return HybridEmbed(self.in_chans, self.cnn_depths, self.dilations, dim)
+            return HybridEmbed(self.in_chans, self.cnn_depths[: last + 1], dilations)
+        return HybridEmbed(self.in_chans, self.cnn_depths, dilations, dim)
 
     def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
         return {

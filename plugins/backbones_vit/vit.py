@@ -380,7 +380,6 @@ class VisionTransformer(TokenBackbone):
             raise InputError(f"img_size={img_size} is smaller than a patch of {patch_size}")
         return height, width
 
-
     def _embed(self, x: Tensor) -> Tensor:
         """Patches (B, h, w, dim) with positions and prefix tokens: (B, tokens, dim); windowed models stay 4-D."""
         batch, height, width, _ = x.shape
