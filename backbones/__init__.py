@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .layers import Blocks
     from .pyramid import Pyramid
     from .registry import PluginInfo, backbone_info, build_backbone, list_backbones, plugins, refresh, register
-    from .specs import BackboneInfo, BackboneSpec, Weights
+    from .specs import BackboneInfo, BackboneSpec, Result, Weights
     from .weights import LoadReport
     from .wrapping import wrap
 
@@ -49,6 +49,7 @@ __all__ = [
     "PluginError",
     "PluginInfo",
     "Pyramid",
+    "Result",
     "UnknownBackbone",
     "Weights",
     "WeightsError",
@@ -75,7 +76,7 @@ _NAMES = {
     "layers": "Blocks",
     "pyramid": "Pyramid",
     "registry": "PluginInfo backbone_info build_backbone list_backbones plugins refresh register",
-    "specs": "BackboneInfo BackboneSpec Weights",
+    "specs": "BackboneInfo BackboneSpec Result Weights",
     "weights": "LoadReport",
     "wrapping": "wrap",
 }

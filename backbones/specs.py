@@ -1,5 +1,7 @@
 """What a plugin says about its backbones before any model is imported: plain data, checked when made."""
 
+import csv
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -14,6 +16,7 @@ _PATH = re.compile(r"[A-Za-z0-9_./~-]*[A-Za-z0-9_.~-]")
 _ENTRY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _SOURCES = ("hf-hub:", "https://", "file://")
 _TIMM = re.compile(r"hf-hub:timm/([^/@]+)(?:[/@].*)?")
+_DENSE_METRICS = ("box_ap", "mask_ap", "miou", "miou_ms")
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
@@ -158,6 +161,62 @@ class Weights(_Record):
         return found[1] if found else ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Result(_Record):
+    """One published result of a dense task.
+
+    Args:
+        task: `detection` or `segmentation`.
+        method: what stood on the backbone, such as `Mask R-CNN` or `UPerNet`.
+        dataset: what it was measured on, such as `COCO val2017`.
+        metrics: `box_ap`, `mask_ap`, `miou` and `miou_ms` (several scales), in per cent.
+        source: where it was published.
+        schedule: of the training, such as `1x` or `160k` steps.
+        size: of images or crops in training.
+        pretrain: what the backbone had been trained on before.
+        params: of the whole model, in millions.
+        gflops: of the whole model, as its authors count them.
+        checked: whether the figures were compared with the source.
+
+    Raises:
+        InvalidSpec: a field contradicts the above.
+    """
+
+    method: str
+    task: str
+    dataset: str
+    metrics: Mapping[str, float] = field(hash=False)
+    source: str
+    schedule: str = ""
+    size: str = ""
+    pretrain: str = ""
+    params: float | None = None
+    gflops: float | None = None
+    checked: bool = True
+
+    def __post_init__(self) -> None:
+        self._freeze("metrics")
+        for name in ("method", "dataset", "source"):
+            self._require(isinstance(getattr(self, name), str) and getattr(self, name) != "", name, "give a string")
+        self._require(self.task in ("detection", "segmentation"), "task", "use 'detection' or 'segmentation'")
+        numbers = isinstance(self.metrics, Mapping) and all(type(v) in (int, float) for v in self.metrics.values())
+        known = numbers and len(self.metrics) > 0 and self.metrics.keys() <= {*_DENSE_METRICS}
+        self._require(known, "metrics", f"give a mapping of {', '.join(_DENSE_METRICS)} to numbers")
+
+
+def read_results(path: str | os.PathLike[str]) -> dict[str, tuple[Result, ...]]:
+    """Published results by backbone, from a CSV file: columns are `backbone`, fields of `Result`, and metrics."""
+    found: dict[str, list[Result]] = {}
+    with open(path, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            name = row.pop("backbone")
+            metrics = {key: float(value) for key in _DENSE_METRICS if (value := row.pop(key, ""))}
+            numbers = {key: float(value) if (value := row.pop(key, "")) else None for key in ("params", "gflops")}
+            checked = row.pop("checked", "yes") == "yes"
+            found.setdefault(name, []).append(Result(**row, **numbers, metrics=metrics, checked=checked))
+    return {name: tuple(rows) for name, rows in found.items()}
+
+
 def torchvision_weights(
     enum: str, file: str, top1: float | None, top5: float | None, recipe: str, side: int = 224, **fields: Any
 ) -> Weights:
@@ -211,6 +270,7 @@ class BackboneSpec(_Record):
         paper: address of the paper.
         license: licence of the code, as an SPDX identifier.
         requires: requirements beyond the plugin's own install, as pip takes them (`"einops>=0.7"`).
+        results: what was published of it in dense tasks.
         timm_name: timm's name of the same model, if it has one: without weights, that is whose preprocessing it has.
 
     Raises:
@@ -233,10 +293,11 @@ class BackboneSpec(_Record):
     paper: str = ""
     license: str = ""
     requires: tuple[str, ...] = ()
+    results: tuple[Result, ...] = ()
     timm_name: str = ""
 
     def __post_init__(self) -> None:
-        self._freeze("channels", "strides", "defaults", "weights", "aliases", "options", "requires")
+        self._freeze("channels", "strides", "defaults", "weights", "aliases", "options", "requires", "results")
         self._require(is_path(self.name), "name", "use letters, digits, '_', '.' and '-', and '/' in ids and paths")
         self._require(isinstance(self.family, str) and self.family != "", "family", "name the architecture")
         entry = isinstance(self.entry, str) and _ENTRY.fullmatch(self.entry)
@@ -249,6 +310,8 @@ class BackboneSpec(_Record):
         self._require(_is_options(self.defaults), "defaults", "give a mapping of option name to value")
         weights = isinstance(self.weights, tuple) and all(isinstance(w, Weights) for w in self.weights)
         self._require(weights, "weights", "give a tuple of Weights")
+        results = isinstance(self.results, tuple) and all(isinstance(r, Result) for r in self.results)
+        self._require(results, "results", "give a tuple of Result")
         tags = [w.tag for w in self.weights]
         self._require(len(set(tags)) == len(tags), "weights", "give each tag once")
         self._require(_are_names(self.aliases), "aliases", "give a tuple of names")

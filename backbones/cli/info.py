@@ -3,7 +3,7 @@
 import argparse
 
 from backbones.registry import backbone_info
-from backbones.specs import Weights
+from backbones.specs import Result, Weights
 
 from .output import print_json, print_table
 
@@ -41,6 +41,9 @@ def run(args: argparse.Namespace) -> int:
     if info.weights:
         print("  weights     for pretrained=; True takes the first")
         print_table(_WEIGHTS, [_weights_row(row) for row in info.weights], indent=" " * 14)
+    if info.results:
+        print("  published   of whole models, in per cent")
+        print_table(_RESULTS, [_results_row(row) for row in info.results], indent=" " * 14)
     return 0
 
 
@@ -53,3 +56,14 @@ def _weights_row(row: Weights) -> tuple[str, ...]:
     classes = "" if row.classes is None else str(row.classes)
     size = "x".join(map(str, row.input_size))
     return row.tag, size, classes, metrics, row.license, options, row.source, row.recipe
+
+
+_METRICS = {"box_ap": "box AP", "mask_ap": "mask AP", "miou": "mIoU", "miou_ms": "mIoU, scales"}
+_RESULTS = ("method", "dataset", *_METRICS.values(), "schedule", "size", "pretrained on", "params (M)", "source")
+
+
+def _results_row(row: Result) -> tuple[object, ...]:
+    metrics = (row.metrics.get(name, "") for name in _METRICS)
+    params = "" if row.params is None else row.params
+    source = row.source if row.checked else f"{row.source} (not checked)"
+    return row.method, row.dataset, *metrics, row.schedule, row.size, row.pretrain, params, source

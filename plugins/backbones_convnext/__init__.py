@@ -1,9 +1,13 @@
 """ConvNeXt, as a plugin."""
 
+from pathlib import Path
+
 from backbones import BackboneSpec, Weights, hookimpl
-from backbones.specs import torchvision_weights
+from backbones.specs import read_results, torchvision_weights
 
 BACKBONES_API = 1
+
+_RESULTS = read_results(Path(__file__).with_name("results.csv"))
 
 # variant: dims, depths, parameters in millions (1000 classes), GMACs at 224 x 224
 _VARIANTS = {
@@ -54,6 +58,7 @@ def register_backbones() -> list[BackboneSpec]:
     return [
         BackboneSpec(
             name=f"convnext_{variant}",
+            results=_RESULTS.get(f"convnext_{variant}", ()),
             family="ConvNeXt",
             entry="backbones_convnext.convnext:ConvNeXt",
             channels=dims,

@@ -1,8 +1,13 @@
 """EdgeViT, as a plugin."""
 
+from pathlib import Path
+
 from backbones import BackboneSpec, hookimpl
+from backbones.specs import read_results
 
 BACKBONES_API = 1
+
+_RESULTS = read_results(Path(__file__).with_name("results.csv"))
 
 # variant: dims, depths, heads, parameters in millions (1000 classes), GMACs
 _VARIANTS = {
@@ -18,6 +23,7 @@ def register_backbones() -> list[BackboneSpec]:
     return [
         BackboneSpec(
             name=f"edgevit_{variant}",
+            results=_RESULTS.get(f"edgevit_{variant}", ()),
             family="EdgeViT",
             entry="backbones_edgevit.edgevit:EdgeViT",
             channels=dims,

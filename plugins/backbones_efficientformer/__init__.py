@@ -1,8 +1,13 @@
 """EfficientFormer, as a plugin."""
 
+from pathlib import Path
+
 from backbones import BackboneSpec, Weights, hookimpl
+from backbones.specs import read_results
 
 BACKBONES_API = 1
+
+_RESULTS = read_results(Path(__file__).with_name("results.csv"))
 
 # variant: dims, depths, attention blocks, parameters in millions (1000 classes, both heads), GMACs, ImageNet top-1
 _VARIANTS = {
@@ -18,6 +23,7 @@ def register_backbones() -> list[BackboneSpec]:
     return [
         BackboneSpec(
             name=f"efficientformer_{variant}",
+            results=_RESULTS.get(f"efficientformer_{variant}", ()),
             family="EfficientFormer",
             entry="backbones_efficientformer.efficientformer:EfficientFormer",
             channels=dims,

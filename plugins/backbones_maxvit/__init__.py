@@ -1,11 +1,14 @@
 """MaxViT, as a plugin."""
 
+from pathlib import Path
 from typing import Any
 
 from backbones import BackboneSpec, Weights, hookimpl
-from backbones.specs import torchvision_weights
+from backbones.specs import read_results, torchvision_weights
 
 BACKBONES_API = 1
+
+_RESULTS = read_results(Path(__file__).with_name("results.csv"))
 
 _NARROW = (64, 128, 256, 512)
 _WIDE = (96, 192, 384, 768)
@@ -121,6 +124,7 @@ def _spec(
     rows = [_weights(timm_name, *tag.split("@")) for tag in weights.split()]
     return BackboneSpec(
         name=name,
+        results=_RESULTS.get(name, ()),
         family="MaxViT",
         entry="backbones_maxvit.maxvit:MaxViT",
         channels=dims,

@@ -1,11 +1,15 @@
 """MobileViT and MobileViTv2, as a plugin."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from backbones import BackboneSpec, Weights, hookimpl
+from backbones.specs import read_results
 
 BACKBONES_API = 1
+
+_RESULTS = read_results(Path(__file__).with_name("results.csv"))
 
 # variant: stem widths, dims, transformer widths, expansion, classifier width, parameters in millions (1000 classes),
 # multiply-adds in billions at 224 x 224, ImageNet top-1
@@ -36,6 +40,7 @@ def register_backbones() -> list[BackboneSpec]:
         *(
             BackboneSpec(
                 name=f"mobilevit_{variant}",
+                results=_RESULTS.get(f"mobilevit_{variant}", ()),
                 family="MobileViT",
                 entry="backbones_mobilevit.mobilevit:MobileViT",
                 channels=dims,
@@ -60,6 +65,7 @@ def register_backbones() -> list[BackboneSpec]:
         *(
             BackboneSpec(
                 name=f"mobilevitv2_{variant}",
+                results=_RESULTS.get(f"mobilevitv2_{variant}", ()),
                 family="MobileViTv2",
                 entry="backbones_mobilevit.mobilevit_v2:MobileViTv2",
                 channels=tuple(int(variant) * dim // 100 for dim in (128, 256, 384, 512)),

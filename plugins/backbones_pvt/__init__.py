@@ -1,8 +1,13 @@
 """Pyramid Vision Transformer, its first version and v2, as a plugin."""
 
+from pathlib import Path
+
 from backbones import BackboneSpec, Weights, hookimpl
+from backbones.specs import read_results
 
 BACKBONES_API = 1
+
+_RESULTS = read_results(Path(__file__).with_name("results.csv"))
 
 # variant: depths, parameters in millions (1000 classes), multiply-adds in billions (224 x 224), ImageNet top-1
 _V1 = {
@@ -31,6 +36,7 @@ def register_backbones() -> list[BackboneSpec]:
         *(
             BackboneSpec(
                 name=f"pvt_{variant}",
+                results=_RESULTS.get(f"pvt_{variant}", ()),
                 family="PVT",
                 entry="backbones_pvt.pvt:PyramidVisionTransformer",
                 channels=(64, 128, 320, 512),
@@ -58,6 +64,7 @@ def register_backbones() -> list[BackboneSpec]:
         *(
             BackboneSpec(
                 name=f"pvt_v2_{variant}",
+                results=_RESULTS.get(f"pvt_v2_{variant}", ()),
                 family="PVTv2",
                 entry="backbones_pvt.pvt_v2:PyramidVisionTransformerV2",
                 channels=dims,

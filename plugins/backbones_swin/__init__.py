@@ -1,9 +1,13 @@
 """Swin Transformer, as a plugin."""
 
+from pathlib import Path
+
 from backbones import BackboneSpec, Weights, hookimpl
-from backbones.specs import torchvision_weights
+from backbones.specs import read_results, torchvision_weights
 
 BACKBONES_API = 1
+
+_RESULTS = read_results(Path(__file__).with_name("results.csv"))
 
 # variant: dims, depths, heads, parameters in millions (1000 classes), GMACs at 224 x 224
 _VARIANTS = {
@@ -39,6 +43,7 @@ def register_backbones() -> list[BackboneSpec]:
     return [
         BackboneSpec(
             name=f"swin_{variant}",
+            results=_RESULTS.get(f"swin_{variant}", ()),
             family="Swin",
             entry="backbones_swin.swin:SwinTransformer",
             channels=dims,

@@ -1,8 +1,13 @@
 """Twins-SVT and Twins-PCPVT, as a plugin."""
 
+from pathlib import Path
+
 from backbones import BackboneSpec, Weights, hookimpl
+from backbones.specs import read_results
 
 BACKBONES_API = 1
+
+_RESULTS = read_results(Path(__file__).with_name("results.csv"))
 
 # variant: dims, depths, heads, parameters in millions (1000 classes), GMACs at 224 x 224, ImageNet top-1 where known
 _SVT = {
@@ -36,6 +41,7 @@ def _spec(kind: str, size: str, row: tuple, defaults: dict, how: str) -> Backbon
     name = f"twins_{kind}_{size}"
     return BackboneSpec(
         name=name,
+        results=_RESULTS.get(name, ()),
         family=f"Twins-{kind.upper()}",
         entry="backbones_twins.twins:Twins",
         channels=dims,

@@ -1,11 +1,14 @@
 """Vision Transformer, DeiT, DeiT III and hybrid ViT, as a plugin."""
 
+from pathlib import Path
 from typing import Any
 
 from backbones import BackboneSpec, Weights, hookimpl
-from backbones.specs import torchvision_weights, transformer_layer_decay
+from backbones.specs import read_results, torchvision_weights, transformer_layer_decay
 
 BACKBONES_API = 1
+
+_RESULTS = read_results(Path(__file__).with_name("results.csv"))
 
 # dim, depth, heads
 _SIZES = {
@@ -201,6 +204,7 @@ def _spec(name: str, params: float, gmacs: float, weights: str, **fields: Any) -
     rows = (_weights(name, *tag.partition("@")[::2]) for tag in weights.split())
     return BackboneSpec(
         name=name,
+        results=_RESULTS.get(name, ()),
         strides=(4, 8, 16, 32),
         weights=(*rows, *_torchvision(name)),
         aliases=(f"{name}_224",),

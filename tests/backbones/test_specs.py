@@ -8,9 +8,17 @@ import re
 
 import pytest
 
-from backbones import BackboneInfo, BackboneSpec, InvalidSpec, Weights
+from backbones import BackboneInfo, BackboneSpec, InvalidSpec, Result, Weights
+from backbones.specs import read_results
 
 WEIGHTS = {"tag": "in1k", "source": "hf-hub:timm/pvt_v2_b0.in1k"}
+RESULT = {
+    "method": "UPerNet",
+    "task": "segmentation",
+    "dataset": "ADE20K val",
+    "metrics": {"miou": 44.5},
+    "source": "its paper",
+}
 SPEC = {"name": "net_s", "family": "Net", "entry": "pkg.model:Net", "channels": (8, 16), "strides": (4, 8)}
 
 
@@ -25,6 +33,7 @@ def full_spec():
         options=["window_size"],
         layer_decay=0.75,
         requires=("einops>=0.7",),
+        results=[Result(**RESULT)],
     )
 
 
@@ -49,6 +58,7 @@ def full_spec():
         ("defaults", {1: 2}, "mapping of option name to value"),
         ("weights", ("in1k",), "tuple of Weights"),
         ("weights", (Weights(**WEIGHTS), Weights(**WEIGHTS)), "each tag once"),
+        ("results", ("44.5 mIoU",), "tuple of Result"),
         ("aliases", "net_small", "tuple of names"),
         ("aliases", ("timm/net",), "tuple of names"),
         ("params", "3.4", "millions of parameters"),
@@ -86,12 +96,50 @@ def test_a_wrong_field_is_named_with_its_spec_and_what_to_do(field, value, remed
         ("interpolation", "bicubik", "use one of nearest, bilinear, bicubic"),
         ("license", None, "give a string"),
         ("metrics", (70.5,), "mapping of metric to value"),
+        ("classes", -1, "0 for features alone"),
+        ("options", ("img_size", 384), "mapping of option name to value"),
+        ("aliases", "net_384", "tuple of names"),
     ],
 )
 def test_a_wrong_field_of_weights_is_named_with_its_tag(field, value, remedy):
     with pytest.raises(InvalidSpec, match=re.escape(remedy)) as caught:
         Weights(**(WEIGHTS | {field: value}))
     assert f"{field}={value!r} is wrong" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "remedy"),
+    [
+        ("task", "seg", "use 'detection' or 'segmentation'"),
+        ("metrics", {}, "box_ap, mask_ap, miou, miou_ms to numbers"),
+        ("metrics", {"mIoU": 44.5}, "box_ap, mask_ap, miou, miou_ms to numbers"),
+        ("metrics", {"miou": "44.5"}, "box_ap, mask_ap, miou, miou_ms to numbers"),
+        ("source", "", "give a string"),
+    ],
+)
+def test_a_wrong_field_of_a_result_is_named_with_its_method(field, value, remedy):
+    with pytest.raises(InvalidSpec, match=re.escape(remedy)) as caught:
+        Result(**(RESULT | {field: value}))
+    assert str(caught.value).startswith(f"Result 'UPerNet': {field}={value!r} is wrong")
+
+
+def test_results_are_read_from_a_table_by_backbone(tmp_path):
+    (tmp_path / "results.csv").write_text(
+        "backbone,method,task,dataset,miou,params,checked,source\n"
+        "net_s,UPerNet,segmentation,ADE20K val,44.5,,no,its paper\n"
+        "net_s,FPN,segmentation,ADE20K val,40.25,12.5,yes,its paper\n"
+    )
+    first, second = read_results(tmp_path / "results.csv")["net_s"]
+    assert first == Result(**RESULT, checked=False)
+    assert (second.metrics, second.params, second.checked) == ({"miou": 40.25}, 12.5, True)
+
+
+def test_an_alias_of_weights_puts_them_first_and_is_one_of_the_specs():
+    rows = [Weights(**WEIGHTS), Weights(**(WEIGHTS | {"tag": "large"}), aliases=["net_s_384"])]
+    spec = BackboneSpec(**SPEC, weights=rows, aliases=["net_small"])
+    assert spec.aliases == ("net_small", "net_s_384")
+    assert [row.tag for row in spec.under("net_s_384").weights] == ["large", "in1k"]
+    assert spec.under("net_small") == spec
 
 
 @pytest.mark.parametrize("name", ["facebook/dinov2-small", "./weights/dinov2", "/data/dinov2", "~/dinov2"])
@@ -137,6 +185,7 @@ def test_specs_are_json():
     assert data["defaults"] == {"dims": [8, 16]}
     assert data["weights"][0]["metrics"] == {"imagenet_top1": 70.5}
     rebuilt = data | {"weights": [Weights(**row) for row in data["weights"]]}
+    rebuilt |= {"results": [Result(**row) for row in data["results"]]}
     assert BackboneSpec(**rebuilt) == full_spec()
 
 

@@ -2,6 +2,7 @@
 
 import math
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backbones import backbone_info, build_backbone, building, list_backbones
+from backbones.cli import main
 from backbones.cli.bench import Case, timing
+from backbones.specs import read_results
 from backbones.testing import smallest_of_each_family
 
 NAMES = list_backbones()
@@ -50,6 +53,38 @@ def test_whoever_uses_a_backbone_finds_its_source_and_licence(name):
     assert info.license
     assert info.summary
     assert all(row.license for row in info.weights)
+
+
+def test_published_results_are_of_backbones_that_there_are():
+    files = sorted(Path(__file__).parents[2].glob("plugins/*/results.csv"))
+    told = {name: rows for file in files for name, rows in read_results(file).items()}
+    assert {name: backbone_info(name).results for name in told} == told
+    assert sum(map(len, told.values())) > 200
+    for rows in told.values():
+        for row in rows:
+            box, mask = row.metrics.get("box_ap", 100), row.metrics.get("mask_ap", 0)
+            assert 15 < min(row.metrics.values()) <= max(row.metrics.values()) < 80
+            assert mask < box
+            assert row.schedule
+            assert row.pretrain
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "method", "metrics"),
+    [
+        ("pvt_v2_b2", "detection", "RetinaNet", {"box_ap": 44.6}),
+        ("swin_tiny", "segmentation", "UPerNet", {"miou": 44.51, "miou_ms": 45.81}),
+        ("convnext_base", "segmentation", "UPerNet", {"miou": 49.1, "miou_ms": 49.9}),
+        ("vit_base_patch16", "detection", "Mask R-CNN, ViTDet", {"box_ap": 51.6, "mask_ap": 45.9}),
+    ],
+)
+def test_results_of_dense_tasks_are_as_published(name, task, method, metrics, capsys):
+    rows = [row for row in backbone_info(name).results if (row.task, row.method) == (task, method)]
+    assert metrics in [row.metrics for row in rows]
+    assert main(["info", name]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"{value:.4g}" in printed for value in metrics.values())
+    assert rows[0].source in printed
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
