@@ -16,7 +16,7 @@ from ..training.runs import is_run, next_folder
 from ..training.task import Task
 from ..training.tasks import find_task
 from .command_line import CommandLine, own_options, write_config
-from .comparison import Comparison, is_comparison
+from .comparison import Comparison, arguments, is_comparison
 from .trust import config_arguments
 
 _DESCRIPTION = (
@@ -47,7 +47,13 @@ def run_comparison(name: str, argv: Sequence[str]) -> int:
         epilog=_EPILOG,
         allow_abbrev=False,
     )
-    parser.add_argument("--backbones", nargs="+", default=[], metavar="NAME", help="or '{name: NAME, option: value}'")
+    parser.add_argument(
+        "--backbones",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="or '{name: NAME, option: value, model.pool: max}': options of the backbone, and the model's for it",
+    )
     parser.add_argument("--out", type=Path, help="its folder; by default the next of runs/compare-TASK-001, -002, ...")
     parser.add_argument("--report", action="store_true", help="make table and picture of what is there, and no more")
     own, rest = parser.parse_known_args(list(argv))
@@ -77,42 +83,56 @@ def _open(task: type[Task], own: argparse.Namespace, argv: Sequence[str]) -> Com
     if any(re.match(r"--model\.backbone(=|$)", argument) for argument in argv):
         raise InputError("compare takes --backbones NAME NAME ..., not --backbone")
     given = [_parse(text) for text in own.backbones]
-    for backbone in given:
+    for backbone, _ in given:
         backbone_info(backbone["name"])  # an unknown name is refused now, with the nearest one
 
     if own.out is not None and is_comparison(own.out):
         comparison = Comparison.read(own.out, task)
         before = config_arguments(own.out / "recipe.yaml", task, fit.trust)
         recipe = Recipe("fit", task, before)
+        told = before
         changed = Recipe("fit", task, argv if fit.has_config else [*before, *argv])
         if differences := _differences(recipe.values(), changed.values()):
             raise InputError(
                 f"{own.out} compares under another recipe: {'; '.join(differences)}; take its own (--out alone), or "
                 "another --out"
             )
+        _check_own(task, told, given)
     else:
         if own.out is not None and is_run(own.out):
             raise InputError(f"{own.out} holds a run, not a comparison; choose another --out")
-        recipe = Recipe("fit", task, list(argv))
+        told = list(argv)
+        recipe = Recipe("fit", task, told)
         if not given:
             raise InputError("name the backbones to compare: --backbones NAME NAME ...")
+        _check_own(task, told, given)
         folder = own.out or next_folder(f"compare-{task.name}")
         write_config(recipe, folder / "recipe.yaml")
         comparison = Comparison(folder, task)
-    for backbone in given:
-        comparison.add(recipe.backbone_options | backbone)
+    for backbone, options in given:
+        comparison.add(recipe.backbone_options | backbone, options)
     comparison.save()
     states = [entry.state for entry in comparison.entries]
     print(f"{comparison.folder}: {states.count('finished')} of {len(states)} backbones finished", flush=True)
     return comparison
 
 
-def _parse(text: str) -> dict[str, Any]:
-    """A name, or '{name: NAME, option: value}'."""
+def _check_own(task: type[Task], recipe: list[str], given: Sequence[tuple[Any, Mapping[str, Any]]]) -> None:
+    """Raise InputError for options of single backbones that the recipe cannot have."""
+    for _, options in given:
+        if options:
+            Recipe("fit", task, [*recipe, *arguments(options)])
+
+
+def _parse(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A backbone, from its name or '{name: NAME, option: value, model.option: value}', and its own model's options."""
     value = yaml.safe_load(text) if text.lstrip().startswith("{") else {"name": text}
     if not isinstance(value.get("name"), str):
         raise InputError(f'--backbones {text}: the options lack "name"')
-    return value
+    options = {key: each for key, each in value.items() if "." in str(key)}
+    if wrong := [key for key in options if not key.startswith("model.") or key.startswith("model.backbone")]:
+        raise InputError(f"--backbones {text}: {', '.join(wrong)}: a backbone may have options of the model of its own")
+    return {key: each for key, each in value.items() if key not in options}, options
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

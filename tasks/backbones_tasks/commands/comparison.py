@@ -58,6 +58,7 @@ class Entry:
         state: "waiting", also where training was interrupted, "finished" or "failed".
         error: why it failed.
         figures: what was measured of the trained model.
+        options: of the recipe, by dotted key, that this backbone alone is trained with.
     """
 
     label: str
@@ -66,6 +67,7 @@ class Entry:
     state: str = "waiting"
     error: str = ""
     figures: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 class Comparison:
@@ -95,11 +97,11 @@ class Comparison:
         with whole(self.folder / "comparison.json") as file:
             file.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
-    def add(self, backbone: Mapping[str, Any]) -> None:
+    def add(self, backbone: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         """Another backbone, unless it is there already; its label has options where a name alone would mislead."""
-        if any(entry.backbone == backbone for entry in self.entries):
+        if any((entry.backbone, entry.options) == (backbone, options) for entry in self.entries):
             return
-        label = backbone["name"]
+        label = backbone["name"] + "".join(f" {key.partition('.')[2]}={value}" for key, value in options.items())
         if label in (entry.label for entry in self.entries):
             label += "".join(f" {key}={value}" for key, value in backbone.items() if key != "name")
         folder = plain = re.sub(r"[^\w.=-]+", "-", label)
@@ -107,7 +109,7 @@ class Comparison:
         while folder in taken:
             number += 1
             folder = f"{plain}-{number}"
-        self.entries.append(Entry(label, dict(backbone), folder))
+        self.entries.append(Entry(label, dict(backbone), folder, options=dict(options)))
 
     def run(self, entry: Entry) -> Path:
         """The run folder of a backbone."""
@@ -125,6 +127,7 @@ class Comparison:
             else:
                 run.mkdir(exist_ok=True)
                 how = ["--config", str(self.folder / "recipe.yaml"), "--model.backbone", json.dumps(entry.backbone)]
+                how += arguments(entry.options)
             entry.error = _in_process(["fit", self.task.name, "--out", str(run), *how], run / "log.txt")
             entry.state = "failed" if entry.error else "finished"
             if entry.error:
@@ -277,6 +280,11 @@ class TrainedCase(Case):
 
     def strides(self, model: nn.Module) -> list[int]:
         return model.model.inner_backbone.feature_info.reduction()
+
+
+def arguments(options: Mapping[str, Any]) -> list[str]:
+    """Options by dotted key as the command line takes them."""
+    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in options.items()]
 
 
 def is_comparison(folder: Path) -> bool:

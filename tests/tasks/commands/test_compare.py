@@ -170,6 +170,8 @@ def test_reports_are_made_of_what_is_there(started):
     [
         (["--backbones", "mobilevit_xxz"], "did you mean 'mobilevit_xxs'"),
         (["--backbones", "{drop_path_rate: 0.1}"], 'lack "name"'),
+        (["--backbones", "{name: mobilevit_xxs, model.pol: max}"], "model.pol"),
+        (["--backbones", "{name: mobilevit_xxs, data.batch_size: 2}"], "data.batch_size: a backbone may have options"),
         ([], "--backbones NAME NAME"),
         (["--backbones", "mobilevit_xxs", "--backbone", "pvt_v2_b0"], "not --backbone"),
         (["--backbones", "mobilevit_xxs", "--model.backbone=pvt_v2_b0"], "not --backbone"),
@@ -190,6 +192,20 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(options, message
     assert message in capsys.readouterr().err
     assert not started
     assert not Path("runs").exists()
+
+
+def test_a_backbone_may_have_a_pool_of_its_own(started):
+    short = ["--trainer.max_epochs=1", *SMALL[:4], *SMALL[6:]]
+    rows = ["mobilevit_xxs", "{name: mobilevit_xxs, model.pool: catavgmax}", "{name: mobilevit_xxs, model.pool: max}"]
+    for _ in range(2):  # the second time nothing is left to do
+        assert main(["compare", "classification", "--backbones", *rows, "--out=p", *short]) == 0
+    table = Path("p/comparison.md").read_text()
+    assert [line in table for line in ("| mobilevit_xxs pool=catavgmax |", "| mobilevit_xxs pool=max |")] == [True] * 2
+    assert len(started) == 3
+    for run, pool, width in (("mobilevit_xxs", None, 320), ("mobilevit_xxs-pool=catavgmax", "catavgmax", 640)):
+        trained = torch.load(f"p/{run}/checkpoints/best.ckpt", weights_only=True)
+        assert trained["hyper_parameters"]["pool"] == pool
+        assert trained["state_dict"]["model.backbone.head.weight"].shape[1] == width
 
 
 def test_detectors_and_classifiers_are_compared_by_their_own_scores(started):
