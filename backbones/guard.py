@@ -57,17 +57,17 @@ def _told_interrupts() -> Iterator[None]:
         pressed.append(number)
         raise KeyboardInterrupt
 
-    # Only the main thread may set handlers, and one that is not Python's own knows better what Ctrl-C means.
-    ours = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
+    # Only the main thread hears of Ctrl-C and may set handlers, and one of the program's knows better what it means.
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    ours = in_main and handler is signal.default_int_handler
+    theirs = in_main and not ours and handler not in (signal.SIG_IGN, signal.SIG_DFL)
     if ours:
         signal.signal(signal.SIGINT, handle)
     try:
         yield
     except KeyboardInterrupt as error:
-        if pressed or not ours:
+        if pressed or theirs:
             raise
         raise RuntimeError("it raised KeyboardInterrupt, though nobody pressed Ctrl-C") from error
     finally:

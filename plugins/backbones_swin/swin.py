@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from backbones.arguments import check_size
 from backbones.backbone import Backbone
 from backbones.errors import InputError
 from backbones.layers import (
@@ -131,6 +132,7 @@ class SwinTransformer(Backbone):
         if window_size < 1:
             raise InputError(f"SwinTransformer: window_size={window_size} must be at least 1")
         drop_path = self.drop_path_rates(depths)
+        check_size("SwinTransformer", img_size)
         sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         grid = tuple(ceil_div(side, 4) for side in sides)
         self.stem = PatchEmbed(self.in_chans, dims[0], patch_norm, grid if ape else None)

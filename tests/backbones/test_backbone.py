@@ -205,7 +205,7 @@ def test_classifier_and_maps_are_told_apart():
         ({"in_chans": 0}, "in_chans=0"),
         ({"drop_path_rate": 1.0}, "drop_path_rate=1.0"),
         ({"output_stride": 8}, r"output_stride=8 is not supported; choose from \(32,\)"),
-        ({"global_pool": "map", "features_only": False}, "global_pool='map' is unknown; there is 'avg'"),
+        ({"global_pool": "map", "features_only": False}, "global_pool='map' is unknown; choose from 'avg'"),
         ({"num_classes": -1}, "num_classes=-1"),
     ],
 )

@@ -410,7 +410,6 @@ class TestMBConv:
 
     def test_a_shortcut_of_equal_width_is_projected_only_if_asked_for(self):
         assert MBConv(16, 16, stride=2).shortcut is None
-        assert MBConv(16, 16, project=True).shortcut is None
         assert MBConv(16, 16, stride=2, project=True).shortcut.weight.shape == (16, 16, 1, 1)
 
     def test_widths_follow_the_output_or_the_input(self):

@@ -178,7 +178,7 @@ def test_parts_are_put_back_where_they_came_from(size, grid):
 @pytest.mark.parametrize("grid", [False, True])
 @pytest.mark.parametrize("size", [(8, 8), (5, 6), (1, 1)])
 def test_gradients_of_parts_are_those_of_finite_differences(grid, size):
-    layer = PartitionAttention(32, 4, grid, "gelu", 1e-6, True, False, None, None, 0.0).double()
+    layer = PartitionAttention(32, 4, 1, grid, "gelu", 1e-6, True, False, None, None, 0.0).double()
     x = torch.randn(2, *size, 32, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(layer.attend, x, fast_mode=True)
 
@@ -190,7 +190,7 @@ def test_padding_is_masked(grid, size, randomise):
     height, width = size
     layer = randomise(
         PartitionAttention(
-            32, 7, grid, "gelu", 1e-6, True, False, position_hidden=None, init_values=None, drop_path=0.0
+            32, 7, 1, grid, "gelu", 1e-6, True, False, position_hidden=None, init_values=None, drop_path=0.0
         )
     )
     x = torch.randn(2, *size, 32)

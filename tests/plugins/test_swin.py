@@ -123,7 +123,7 @@ def test_logits_equal_torchvision(name, builder, randomise, load_pair, assert_eq
 @pytest.mark.parametrize("shift", [0, 3])
 def test_classifiers_shrink_windows_to_small_maps(size, shift, randomise, assert_equals_reference):
     theirs = randomise(SwinTransformerBlock(32, size, num_heads=2, window_size=7, shift_size=shift))
-    ours = randomise(Block(32, 2, Windows(7, shift, shrink=True), 0.0))
+    ours = randomise(Block(32, 2, Windows(7, shift, shrink=True), 7, 0.0))
     state = ours.state_dict()
     table = state.pop("attn.bias.table").t().unflatten(1, (13, 13))[None]
     offsets = [2 * min(side, 7) - 1 for side in size]

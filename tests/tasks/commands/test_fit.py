@@ -257,7 +257,7 @@ def test_scores_and_pictures_are_those_of_the_averaged_weights(workplace, monkey
 
 def test_the_groups_of_the_optimizer_are_printed(capsys):
     assert fit("--print_groups", "--backbone=vit_tiny_patch16", "--model.layer_decay=0.75", "--model.lr=1") == 0
-    lines = [line.split(maxsplit=4) for line in capsys.readouterr().out.splitlines()[1:]]
+    lines = [line.split(maxsplit=4) for line in capsys.readouterr().out.splitlines()[1:-1]]
     for block in range(12):  # the decoder is layer 13, the embedding layer 0
         rates = [float(lr) for lr, _, _, _, names in lines if names == f"backbone.blocks.{block}"]
         assert rates == pytest.approx([0.75 ** (12 - block)] * 2, rel=1e-2)  # with and without weight decay
