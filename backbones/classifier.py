@@ -16,6 +16,8 @@ class Classifier(Layer):
     global_pools: ClassVar[tuple[str, ...]] = POOLS
     new_parts: ClassVar[tuple[str, ...]] = ("head", "out_norms")
 
+    #: Width of what `make_pre_logits` returns, where that is not what is pooled.
+    hidden_features: int | None = None
     features_only: bool
     num_features: int
     num_classes: int
@@ -38,7 +40,7 @@ class Classifier(Layer):
     @property
     def head_hidden_size(self) -> int:
         """Width of what the classifier's last layer sees, as in timm."""
-        return self.pooled_features
+        return self.hidden_features or self.pooled_features
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits (B, num_classes) of unpooled features (B, C, h, w), or maps of logits with `global_pool=""`.

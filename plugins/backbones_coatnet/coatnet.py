@@ -83,6 +83,7 @@ class CoAtNet(Backbone):
         position_hidden: width of the MLP that computes position biases (`rmlp`); None for tables.
         init_values: initial layer scale of transformer blocks; None for none.
         hidden_head: the classifier is pooling, norm, linear, tanh, linear; False for norm, pooling, linear.
+        head_hidden_size: width of that hidden layer, 0 for none, as in timm; that of what is pooled unless given.
         **options: those of `backbones.Backbone`.
     """
 
@@ -109,6 +110,7 @@ class CoAtNet(Backbone):
         position_hidden: int | None = None,
         init_values: float | None = None,
         hidden_head: bool = True,
+        head_hidden_size: int | None = None,
         **options: Any,
     ):
         super().__init__(channels=dims, strides=(4, 8, 16, 32), img_size=img_size, **options)
@@ -120,7 +122,8 @@ class CoAtNet(Backbone):
             if value not in known:
                 raise InputError(f"CoAtNet: {name}={value!r} is unknown; choose from {known}")
         self.norm_kind = norm
-        self.hidden_head = hidden_head
+        self.hidden_head = hidden_head if head_hidden_size is None else head_hidden_size > 0
+        self.hidden_features = head_hidden_size or None
         sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
 
         conv = partial(
@@ -174,7 +177,7 @@ class CoAtNet(Backbone):
         self.apply(_init_weights)
 
     def make_pre_logits(self) -> nn.Module:
-        return PreLogits(self.pooled_features) if self.hidden_head else nn.Identity()
+        return PreLogits(self.pooled_features, hidden=self.hidden_features) if self.hidden_head else nn.Identity()
 
     def make_norm(self) -> nn.Module:
         return nn.Identity() if self.hidden_head else NORMS[self.norm_kind](self.num_features)

@@ -1,5 +1,6 @@
 """ConvNeXt (Liu et al., https://arxiv.org/abs/2201.03545)."""
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,6 +60,10 @@ OPENMMLAB_CLASSIFIER = KeyLayout(
 )
 
 
+# With a hidden layer, the norm before the classifier is a part among others.
+_HIDDEN = ((r"^pre_logits\.(weight|bias)$", r"pre_logits.norm.\1"), (r"^head\.pre_logits\.", "pre_logits."))
+
+
 class ConvNeXt(Backbone):
     """Four stages of depth-wise 7 x 7 convolutions and channel MLPs at strides 4, 8, 16 and 32.
 
@@ -69,6 +74,7 @@ class ConvNeXt(Backbone):
         depths: blocks per stage.
         layer_scale: initial scale of each block's update; the official dense-prediction code starts at 1. None for
             none at all. timm calls it `ls_init_value`.
+        head_hidden_size: width of a hidden layer of the classifier; None for no such layer.
         **options: those of `backbones.Backbone`.
     """
 
@@ -81,9 +87,14 @@ class ConvNeXt(Backbone):
         dims: Sequence[int] = (96, 192, 384, 768),
         depths: Sequence[int] = (3, 3, 9, 3),
         layer_scale: float | None = 1e-6,
+        head_hidden_size: int | None = None,
         **options: Any,
     ):
         super().__init__(channels=dims, strides=(4, 8, 16, 32), **options)
+        self.hidden_features = head_hidden_size
+        if head_hidden_size:
+            self.new_parts = (*self.new_parts, "pre_logits.fc")
+            self.key_layouts = tuple(KeyLayout(each.name, (*each.renames, *_HIDDEN)) for each in self.key_layouts)
         drop_path = self.drop_path_rates(depths)
         self.stem = Stem(self.in_chans, dims[0])
         self.stages = nn.ModuleList(
@@ -98,7 +109,11 @@ class ConvNeXt(Backbone):
         self.apply(_init_weights)
 
     def make_pre_logits(self) -> nn.Module:
-        return nn.LayerNorm(self.pooled_features, eps=1e-6)
+        norm = nn.LayerNorm(self.pooled_features, eps=1e-6)
+        if not self.hidden_features:
+            return norm
+        fc = nn.Linear(self.pooled_features, self.hidden_features)
+        return nn.Sequential(OrderedDict(norm=norm, fc=fc, act=nn.GELU()))
 
     def adapt_table(self, name: str, value: Tensor, checkpoint: Mapping[str, Tensor]) -> Tensor:
         if name.endswith(".gamma"):  # torchvision's is (C, 1, 1)

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, to_2tuple
 from torch import Tensor, nn
 
 from backbones.backbone import Backbone
@@ -97,6 +97,7 @@ class MaxViT(Backbone):
         stem_bias: whether each of them has a bias.
         partition: side, in cells, of windows and grids. Weights trained at 224 have 7; at 256, 8; at 384, 12; at
             512, 16. Tables of relative positions made for another are resized when they are loaded.
+        img_size: side of the images to build for, as timm does: `partition` is a 32nd of it.
         window_size, grid_size: the side of windows alone, and of grids; `partition` unless given.
         act: activation of stem and MBConv, as `activate` takes it.
         mlp_act: activation of the MLPs.
@@ -111,6 +112,7 @@ class MaxViT(Backbone):
         position_hidden: width of the MLP that computes position biases (`rmlp`); None for tables.
         init_values: initial layer scale of attention and MLP; None for none.
         hidden_head: the classifier is pooling, norm, linear, tanh, linear; False for norm, pooling, linear.
+        head_hidden_size: width of that hidden layer, 0 for none, as in timm; that of what is pooled unless given.
         head_bias: whether the classifier's last layer has a bias.
         **options: those of `backbones.Backbone`.
     """
@@ -126,6 +128,7 @@ class MaxViT(Backbone):
         stem: Sequence[int] = (64, 64),
         stem_bias: Sequence[bool] = (True, True),
         partition: int = 7,
+        img_size: int | tuple[int, int] | None = None,
         window_size: int | None = None,
         grid_size: int | None = None,
         act: str = "gelu_tanh",
@@ -143,11 +146,18 @@ class MaxViT(Backbone):
         position_hidden: int | None = None,
         init_values: float | None = None,
         hidden_head: bool = True,
+        head_hidden_size: int | None = None,
         head_bias: bool = True,
         **options: Any,
     ):
-        super().__init__(channels=dims, strides=(4, 8, 16, 32), **options)
-        self.hidden_head = hidden_head
+        super().__init__(channels=dims, strides=(4, 8, 16, 32), img_size=img_size, **options)
+        if img_size is not None:
+            sides = {max(1, side // 32) for side in to_2tuple(img_size)}
+            if len(sides) > 1:
+                raise InputError(f"MaxViT: img_size={img_size}: parts of the map are square; give a side, or partition")
+            (partition,) = sides
+        self.hidden_head = hidden_head if head_hidden_size is None else head_hidden_size > 0
+        self.hidden_features = head_hidden_size or None
         self.head_bias = head_bias
         self.norm_eps = eps
         conv = partial(
@@ -204,7 +214,9 @@ class MaxViT(Backbone):
         self.apply(_init_weights)
 
     def make_pre_logits(self) -> nn.Module:
-        return PreLogits(self.pooled_features, self.norm_eps) if self.hidden_head else nn.Identity()
+        return (
+            PreLogits(self.pooled_features, self.norm_eps, self.hidden_features) if self.hidden_head else nn.Identity()
+        )
 
     def make_norm(self) -> nn.Module:
         return nn.Identity() if self.hidden_head else layer_norm_2d(self.num_features, self.norm_eps)

@@ -128,7 +128,7 @@ class SwinTransformer(Backbone):
         patch_norm: bool = True,
         **options: Any,
     ):
-        super().__init__(channels=dims, strides=(4, 8, 16, 32), **options)
+        super().__init__(channels=dims, strides=(4, 8, 16, 32), img_size=img_size, **options)
         if window_size < 1:
             raise InputError(f"SwinTransformer: window_size={window_size} must be at least 1")
         drop_path = self.drop_path_rates(depths)

@@ -77,16 +77,11 @@ class TorchvisionBackbone(Backbone):
         self.stages = nn.ModuleList(self.wanted(run(*stage) for stage in cut.stages))
         self._classifier = (cut.norm, cut.pre_logits)
         self.pool_size = cut.pool_size
-        self.hidden = None
         if not self.features_only:
             widths = [m.in_features // cut.pool_size**2 for m in cut.pre_logits if isinstance(m, nn.Linear)]
             self.num_features = widths[0] if widths else cut.head.in_features
-            self.hidden = cut.head.in_features if widths else None
+            self.hidden_features = cut.head.in_features if widths else None
         self.key_layouts = (_layout(net, cut),)
-
-    @property
-    def head_hidden_size(self) -> int:
-        return self.hidden or self.pooled_features
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         if self.global_pool:
