@@ -101,7 +101,7 @@ def test_its_own_tests_pass_and_it_is_checked_in_full_and_trains(folder):
     assert "failed" not in told
     options = ["--backbone", "tiny_net_s", "--trainer.max_steps", "20", "--data.batch_size", "4", "--out", "run"]
     run("-c", main, "fit", "segmentation", *options, folder=folder, cwd=folder)
-    assert (folder / "run" / "checkpoints" / "best.ckpt").is_file()
+    assert (folder / "run" / "checkpoints" / "last.ckpt").is_file()
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS, ids=str)
