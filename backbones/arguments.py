@@ -31,7 +31,7 @@ def without_none(options: Mapping[str, Any]) -> dict[str, Any]:
 def check_size(name: str, img_size: object) -> None:
     """Raise InputError for what is neither None, a side nor (height, width)."""
     sides = list(img_size) if isinstance(img_size, Sequence) else [img_size, img_size]
-    whole = all(isinstance(side, Integral) and not isinstance(side, bool) and side >= 1 for side in sides)
+    whole = all(isinstance(side, Integral) and not isinstance(side, bool) and int(side) >= 1 for side in sides)
     if img_size is not None and not (whole and len(sides) == 2):
         raise InputError(f"{name}: img_size={img_size!r} is no size; give a side in pixels, or (height, width)")
 

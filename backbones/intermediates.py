@@ -1,16 +1,13 @@
 """Maps of all stages beside the final features, after timm's `forward_intermediates`."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from .errors import InputError
 from .layers import Layer, ceil_div, crop_to
-
-if TYPE_CHECKING:
-    from .backbone import Backbone
 
 __all__ = ["Intermediates", "take_indices"]
 
@@ -21,7 +18,7 @@ class Intermediates(Layer):
     """What `Backbone` has for code that reads intermediates of timm's models."""
 
     def forward_intermediates(
-        self: "Backbone",
+        self,
         x: Tensor,
         indices: Indices = None,
         norm: bool = False,
@@ -42,33 +39,34 @@ class Intermediates(Layer):
         Raises:
             InputError: there are no such stages; or a backbone of maps is asked for what only a classifier has.
         """
-        name = getattr(self, "canonical_name", type(self).__name__)
+        model: Any = self  # a backbone, of which this is a part
+        name = getattr(model, "canonical_name", type(model).__name__)
         if output_fmt != "NCHW":
             raise InputError(f"{name}: output_fmt={output_fmt!r} is unknown; maps are 'NCHW'")
-        self._check_images(x)
-        if self.features_only and (norm or not intermediates_only):
+        model._check_images(x)
+        if model.features_only and (norm or not intermediates_only):
             raise InputError(
                 f"{name} was built for maps, without the classifier's norm that final features pass: give "
                 "intermediates_only=True and norm=False, or build it with features_only=False"
             )
-        strides = [level["reduction"] for level in self.feature_info.info]
+        strides = [level["reduction"] for level in model.feature_info.info]
         sizes = [[ceil_div(side, stride) for side in x.shape[-2:]] for stride in strides]
-        if not self.runs_stages:
-            if not self.features_only:
+        if not model.runs_stages:
+            if not model.features_only:
                 raise InputError(f"{name} has no stages to read; build it with features_only=True")
-            taken, _ = take_indices(name, indices, len(self.out_indices))
-            features = self.forward_features(self.pad(x))
-            return [crop_to(features[i], *sizes[i]) for i in (self.out_indices[n] for n in sorted({*taken}))]
-        taken, last = take_indices(name, indices, len(self.stages))
+            taken, _ = take_indices(name, indices, len(model.out_indices))
+            features = model.forward_features(model.pad(x))
+            return [crop_to(features[i], *sizes[i]) for i in (model.out_indices[n] for n in sorted({*taken}))]
+        taken, last = take_indices(name, indices, len(model.stages))
         maps: list[Tensor] = []
-        x = self.stem(self.pad(x))
-        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
-            x = self._run(stage, x)
+        x = model.stem(model.pad(x))
+        for i, stage in enumerate(model.stages[: last + 1] if stop_early else model.stages):
+            x = model._run(stage, x)
             if i in taken:
-                maps.append(crop_to(self.norm(x) if norm and i == len(strides) - 1 else x, *sizes[i]))
+                maps.append(crop_to(model.norm(x) if norm and i == len(strides) - 1 else x, *sizes[i]))
         if intermediates_only:
             return maps
-        return self.norm(x) if i == len(strides) - 1 else x, maps
+        return model.norm(x) if i == len(strides) - 1 else x, maps
 
 
 def take_indices(name: str, indices: Indices, count: int) -> tuple[list[int], int]:

@@ -211,9 +211,10 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, tuple[Result, ...]]:
         for row in csv.DictReader(file):
             name = row.pop("backbone")
             metrics = {key: float(value) for key in _DENSE_METRICS if (value := row.pop(key, ""))}
-            numbers = {key: float(value) if (value := row.pop(key, "")) else None for key in ("params", "gflops")}
-            checked = row.pop("checked", "yes") == "yes"
-            found.setdefault(name, []).append(Result(**row, **numbers, metrics=metrics, checked=checked))
+            told: dict[str, Any] = {**row, "metrics": metrics, "checked": row.get("checked", "yes") == "yes"}
+            for key in ("params", "gflops"):
+                told[key] = float(row[key]) if row.get(key) else None
+            found.setdefault(name, []).append(Result(**told))
     return {name: tuple(rows) for name, rows in found.items()}
 
 
