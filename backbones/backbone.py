@@ -113,7 +113,7 @@ class Backbone(Classifier, Intermediates, metaclass=_Finished):
     weight_options              options that only say which weights to load; a saved model is built without them
     overwrites                  True for layers of a library that overwrite what other layers have returned
     runs_stages                 whether `stem`, then `stages`, is all that `forward_features` runs; told by itself
-    head_hidden_size            width of what the last layer sees; where `make_pre_logits` changes it
+    hidden_features             width of what the last layer sees, where layers before it change it
     low_precision               False keeps `for_inference(dtype=torch.bfloat16)` from running it in that precision
     ==========================  =====================================================================================
 
