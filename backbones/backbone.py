@@ -25,7 +25,7 @@ from .arguments import (
     without_none,
 )
 from .classifier import Classifier
-from .errors import InputError, PluginError
+from .errors import InputError
 from .intermediates import Intermediates
 from .layers import (
     DROPOUTS,
@@ -35,11 +35,13 @@ from .layers import (
     ceil_div,
     checkpoint,
     crop_to,
+    has_statistics,
     hooks_kept,
     layer_norm_2d,
     pad_to_multiple,
     set_dropouts,
 )
+from .maps import declared_map, in_one_dtype
 from .specs import BackboneInfo
 from .variants import siblings
 from .weights import KeyLayout, LoadReport, read_checkpoint, torchvision_transforms
@@ -282,11 +284,13 @@ class Backbone(Classifier, Intermediates, metaclass=_Finished):
             return self.forward_head(features)
         maps = []
         for i, stride in zip(self.out_indices, self.strides, strict=True):
-            m = self.out_norms[str(i)](features[i])
-            if not torch.compiler.is_compiling():
-                self._check_map(i, m, images, padded)
-            maps.append(crop_to(m, *(ceil_div(side, stride) for side in images.shape[-2:])))
-        return maps
+            if torch.compiler.is_compiling():
+                m = features[i]
+            else:
+                name = getattr(self, "canonical_name", type(self).__name__)
+                m = declared_map(features, i, self.feature_info.info, images.shape, padded.shape, name)
+            maps.append(crop_to(self.out_norms[str(i)](m), *(ceil_div(side, stride) for side in images.shape[-2:])))
+        return in_one_dtype(maps)
 
     if TYPE_CHECKING:  # torch says that calling a module gives Any
         __call__ = forward
@@ -375,7 +379,7 @@ class Backbone(Classifier, Intermediates, metaclass=_Finished):
                     part.eval()
             if self.norm_eval:
                 for module in self.modules():
-                    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    if has_statistics(module):
                         module.eval()
         return self
 
@@ -470,18 +474,6 @@ class Backbone(Classifier, Intermediates, metaclass=_Finished):
         if recompute and not any(isinstance(m, Blocks) for m in stage.modules()):
             return checkpoint(stage, x)
         return stage(x)
-
-    def _check_map(self, index: int, m: Tensor, images: Tensor, padded: Tensor) -> None:
-        """Cropping takes away what padding brought, and must hide no other difference."""
-        stride = self.feature_info.info[index]["reduction"]
-        for side, image, pad in zip(m.shape[-2:], images.shape[-2:], padded.shape[-2:], strict=True):
-            if not ceil_div(image, stride) <= side <= ceil_div(pad, stride):
-                raise PluginError(
-                    f"{getattr(self, 'canonical_name', type(self).__name__)}: map {index} of images "
-                    f"{tuple(images.shape)}, padded to {tuple(padded.shape[-2:])}, is {tuple(m.shape)}, which is not "
-                    f"stride {stride}; declare the strides that the maps have, or pad what a stage cannot divide "
-                    "(size_divisor, or backbones.layers.pad_to_multiple)"
-                )
 
     def _check_images(self, images: Tensor) -> None:
         name = getattr(self, "canonical_name", type(self).__name__)

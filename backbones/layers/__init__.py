@@ -4,7 +4,7 @@ from .activation import activate, may_overwrite
 from .attention import Attention, SpatialReductionAttention, attend, scaled_attention
 from .blocks import Blocks, residual, run_blocks
 from .cache import TableCache
-from .checkpointing import checkpoint, hold_statistics, release_statistics
+from .checkpointing import checkpoint, has_statistics, hold_statistics, release_statistics
 from .conv import ConvNorm, init_conv, pad_same
 from .dropout import DROPOUTS, Dropout, set_dropouts
 from .fast import FastConv, FastLinear, fuse, is_plain
@@ -52,6 +52,7 @@ __all__ = [
     "fold_sequence",
     "fuse",
     "halve",
+    "has_statistics",
     "hold_statistics",
     "hooks_kept",
     "init_conv",

@@ -30,7 +30,7 @@ def checkpoint(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 @contextmanager
 def statistics_held(model: nn.Module) -> Iterator[None]:
     """While it lasts, norms in `model` write their running statistics to copies."""
-    norms = [module for module in model.modules() if _has_statistics(module)]
+    norms = [module for module in model.modules() if has_statistics(module)]
     held = [dict(norm._buffers) for norm in norms]
     for norm in norms:
         _hold(norm)
@@ -47,7 +47,7 @@ def hold_statistics(model: nn.Module) -> None:
     Norms that have been put in since the last call are found by the next one.
     """
     for module in model.modules():
-        if _has_statistics(module) and "_statistics_hooks" not in module.__dict__:
+        if has_statistics(module) and "_statistics_hooks" not in module.__dict__:
             module._statistics_hooks = (
                 module.register_forward_pre_hook(_before),
                 module.register_forward_hook(_after, always_call=True),
@@ -61,7 +61,8 @@ def release_statistics(model: nn.Module) -> None:
             hook.remove()
 
 
-def _has_statistics(module: nn.Module) -> bool:
+def has_statistics(module: nn.Module) -> bool:
+    """Whether it is a norm that keeps running statistics, torch's own or another that calls them as torch does."""
     return isinstance(module._buffers.get("running_mean"), Tensor)
 
 

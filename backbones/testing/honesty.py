@@ -1,9 +1,7 @@
 """That a backbone is a module like any other: whoever writes its parameters, hooks or replaces its parts, is right."""
 
 import copy
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from ..backbone import Backbone
 from ..errors import InputError
 from ..inference import for_inference
-from .common import Build, Skipped, fail, random_images, require, require_close, some
+from .common import Build, Skipped, fail, hooked, loss_of, random_images, require, require_close, some
 
 
 def check_contiguous(build: Build) -> None:
@@ -46,7 +44,7 @@ def check_every_module_is_called(build: Build) -> None:
         def note(name: str, _: list[Tensor], called: set[str] = called) -> None:
             called.add(name)
 
-        with _hooked(holding, note), torch.set_grad_enabled(gradients):
+        with hooked(holding, note), torch.set_grad_enabled(gradients):
             model.train(training)(images)
         silent = {n for n in holding if n not in called and not any(c.startswith(f"{n}.") for c in called)}
         require(
@@ -68,7 +66,7 @@ def check_hooks(build: Build) -> None:
         def keep(name: str, values: list[Tensor], seen: list[Any] = seen) -> None:
             seen.extend((name, value.detach(), value.detach().clone()) for value in values)
 
-        with _hooked(dict(model.named_modules()), keep), torch.set_grad_enabled(gradients):
+        with hooked(dict(model.named_modules()), keep), torch.set_grad_enabled(gradients):
             model.train(training)(images)
         written = {name for name, value, was in seen if not torch.equal(value, was)}
         require(
@@ -92,20 +90,15 @@ def check_written_parameters(build: Build) -> None:
         same = copy.deepcopy(fresh)
         same.load_state_dict(model.state_dict())
         with torch.no_grad():
-            maps = model(images)
-            for name, other in {
-                "a fresh model with the same state": same,
-                "its deepcopy": copy.deepcopy(model),
-            }.items():
-                pairs = zip(model.out_indices, maps, other(images), strict=True)
-                # Not to the bit: where in memory a parameter lies decides by which instructions it is read.
-                stale = [i for i, a, b in pairs if (a - b).abs().max() > 1e-4 * b.abs().max()]
-                require(
-                    not stale,
-                    f"after {how}, maps {stale} differ from those of {name}",
-                    "keep nothing between calls that is computed from parameters: a write to .data, which no version "
-                    "counter tells, makes it stale. backbones.for_inference may keep it",
-                )
+            pairs = zip(model.out_indices, model(images), same(images), strict=True)
+        # Not to the bit: where in memory a parameter lies decides by which instructions it is read.
+        stale = [i for i, a, b in pairs if (a - b).abs().max() > 1e-4 * b.abs().max()]
+        require(
+            not stale,
+            f"after {how}, maps {stale} differ from those of a fresh model with the same state",
+            "keep nothing between calls that is computed from parameters: a write to .data, which no version counter "
+            "tells, makes it stale. backbones.for_inference may keep it",
+        )
 
 
 def check_frozen_norms(build: Build) -> None:
@@ -123,7 +116,13 @@ def check_frozen_norms(build: Build) -> None:
     frozen.train()(images)  # what it gives is drawn at random where there is dropout
     with torch.no_grad():
         for a, b in zip(frozen.eval()(images), model.eval()(images), strict=True):
-            require_close(a, b, f"with frozen batch norms in place of {len(names)}, a map differs", tolerance=1e-4)
+            require_close(
+                a,
+                b,
+                f"with frozen batch norms in place of {len(names)}, a map differs",
+                "call norms, and read none of their attributes",
+                tolerance=1e-4,
+            )
 
 
 def check_for_inference(build: Build) -> None:
@@ -154,25 +153,7 @@ def check_for_inference(build: Build) -> None:
         for batch, maps in zip(images, quick, strict=True):
             for a, b in zip(maps, model(batch), strict=True):
                 what = f"images of {tuple(batch.shape)}: a map of for_inference differs"
-                require_close(a, b, what, tolerance=1e-4)
-
-
-def check_trace(build: Build) -> None:
-    """`torch.jit.trace` of a fresh model passes its own check, and gives the same maps for other images."""
-    model = build().eval()
-    images, others = random_images(model, 64, 96), random_images(model, 64, 96)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that sizes are constants of a trace, and that torch.jit is old
-        try:
-            traced = torch.jit.trace(model, images)
-        except torch.jit.TracingCheckError as error:
-            reason = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), "")
-            fail(
-                f"torch.jit.trace of a fresh model gives another graph the second time: {reason}",
-                "let no call leave something behind that the next one takes, such as a table in a cache",
-            )
-        for a, b in zip(traced(others), model(others), strict=True):
-            require_close(a, b, "the traced model differs from eager", tolerance=1e-4)
+                require_close(a, b, what, "correct the prepare_for_inference of its layers", tolerance=1e-4)
 
 
 # --- small things -------------------------------------------------------------------------------------------
@@ -180,30 +161,6 @@ def check_trace(build: Build) -> None:
 
 def _mode(training: bool, gradients: bool) -> str:
     return ("training" if training else "eval") + " mode" + ("" if gradients else " under no_grad")
-
-
-@contextmanager
-def _hooked(modules: dict[str, nn.Module], see: Callable[[str, list[Tensor]], object]) -> Iterator[None]:
-    """Forward hooks that are shown each module's name and the tensors that it took and returned."""
-    handles = [
-        module.register_forward_hook(lambda _, taken, given, name=name: see(name, [*_tensors(taken), *_tensors(given)]))
-        for name, module in modules.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for v in value:
-            yield from _tensors(v)
 
 
 class _Frozen(nn.Module):
@@ -256,11 +213,23 @@ def _assign_state(model: Backbone) -> None:
     model.load_state_dict({n: t * 0.9 if t.is_floating_point() else t for n, t in state.items()}, assign=True)
 
 
+def _load_state(model: Backbone) -> None:
+    model.load_state_dict({n: t * 0.9 if t.is_floating_point() else t for n, t in model.state_dict().items()})
+
+
+def _train(model: Backbone) -> None:
+    loss_of(model.train(), random_images(model, 64, 48)).backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    model.eval().zero_grad()
+
+
 _WRITERS: dict[str, Callable[[Backbone], None]] = {
     "p.data.mul_()": _write_data,
     "p.data = ...": _assign_data,
     "p.mul_() under no_grad": _write_in_place,
     "p.detach().numpy()": _write_through_numpy,
     "vector_to_parameters": _write_flat,
+    "load_state_dict()": _load_state,
     "load_state_dict(assign=True)": _assign_state,
+    "a step of training": _train,
 }

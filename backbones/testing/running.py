@@ -15,20 +15,21 @@ from torch import nn
 
 from ..backbone import Backbone
 from ..errors import InputError, PluginError
+from ..guard import guarded
 from ..registry import backbone_info, build_backbone, list_backbones, plugins
-from . import export, honesty, numbers, processes, shapes, training, weights
+from . import claims, export, honesty, memory, numbers, processes, randomness, shapes, training, weights
 from .common import Build, Check, CheckFailed, Skipped, seeded
-from .plugins import check_loads, check_no_torch, check_spec
+from .plugins import PLUGIN_CHECKS, SPEC_CHECKS
 
 #: Every check by name, in the order in which they run: each function `check_NAME` of these modules.
 CHECKS: dict[str, Check] = {
     name.removeprefix("check_"): function
-    for kind in (shapes, numbers, training, weights, honesty, export, processes)
+    for kind in (shapes, numbers, randomness, training, claims, memory, weights, honesty, export, processes)
     for name, function in vars(kind).items()
     if name.startswith("check_")
 }
-#: Those that take a minute or more.
-SLOW_CHECKS = ("compile", "two_processes")
+#: Those that take a minute or more, or the network.
+SLOW_CHECKS = ("compile", "two_processes", "weights_can_be_had")
 
 
 @dataclass(frozen=True)
@@ -73,19 +74,15 @@ def check_backbone(
     Raises:
         InputError: `expected_failures` or `checks` names no check.
     """
-    expected, wanted = dict(expected_failures or {}), set(CHECKS if checks is None else checks)
-    for option, named in (("expected_failures", expected.keys()), ("checks", wanted)):
-        if unknown := named - CHECKS.keys():
-            raise InputError(f"{option}: there is no check {min(unknown)!r}; choose from {', '.join(CHECKS)}")
+    expected = dict(expected_failures or {})
+    wanted = _wanted(CHECKS, checks, expected, slow)
     name, build = _subject(backbone)
     results: list[CheckResult] = []
-    for check in CHECKS:
-        if check not in wanted or (not slow and check in SLOW_CHECKS):
-            continue
+    for check in wanted:
         if results and results[0].check == "builds" and results[0].outcome in ("failed", "expected"):
             result = CheckResult(name, check, "skipped", "it cannot be built", 0.0)
         else:
-            result = _run(name, check, build, expected.get(check))
+            result = _run(name, check, partial(CHECKS[check], build), expected)
         results.append(result)
         if report:
             report(result)
@@ -128,6 +125,7 @@ def check_plugin(
     slow: bool = True,
     report: Callable[[CheckResult], None] | None = None,
     expected_failures: Mapping[str, str] | None = None,
+    checks: Iterable[str] | None = None,
 ) -> list[CheckResult]:
     """Check how a distribution's plugins load, each spec against its model, and the smallest model of each family.
 
@@ -135,11 +133,15 @@ def check_plugin(
         distribution: what was `pip install`ed, or a plugin's namespace.
         slow: as for `check_backbone`.
         report: called with each result as it comes.
-        expected_failures: as for `check_backbone`, of all its backbones.
+        expected_failures: as for `check_backbone`, of the plugin and of all its backbones.
+        checks: as for `check_backbone`.
 
     Raises:
         PluginError: nothing of that name is installed.
+        InputError: `expected_failures` or `checks` names no check.
     """
+    expected = dict(expected_failures or {})
+    wanted = _wanted({**PLUGIN_CHECKS, **SPEC_CHECKS, **CHECKS}, checks, expected, slow)
     owned = [p for p in plugins() if distribution in (p.distribution, p.namespace)]
     if not owned:
         known = ", ".join(sorted({p.distribution for p in plugins() if p.distribution}))
@@ -151,14 +153,23 @@ def check_plugin(
         if report:
             report(result)
 
+    def each(kind: Mapping[str, Callable[[Any], None]], name: str, subject: Any) -> None:
+        for check in wanted:
+            if check in kind:
+                add(_run(name, check, partial(kind[check], subject), expected))
+
+    of_models = [check for check in wanted if check in CHECKS]
     for plugin in owned:
-        add(_run(plugin.namespace, "plugin_loads", partial(check_loads, plugin), None))
-        add(_run(plugin.namespace, "top_module_imports_no_torch", partial(check_no_torch, plugin), None))
+        if plugin.status != "ok":
+            each({"plugin_loads": PLUGIN_CHECKS["plugin_loads"]}, plugin.namespace, plugin)
+            continue
+        each(PLUGIN_CHECKS, plugin.namespace, plugin)
         names = list_backbones(plugin=plugin.namespace)
         for info in map(backbone_info, names):
-            add(_run(info.canonical_name, "spec_matches_model", partial(check_spec, info), None))
-        for name in smallest_of_each_family(names):
-            check_backbone(backbone_info(name).canonical_name, expected_failures, slow=slow, report=add)
+            each(SPEC_CHECKS, info.canonical_name, info)
+        for name in smallest_of_each_family(names) if of_models else ():
+            reasons = {check: reason for check, reason in expected.items() if check in CHECKS}
+            check_backbone(backbone_info(name).canonical_name, reasons, report=add, checks=of_models)
     return results
 
 
@@ -195,22 +206,35 @@ def _same_every_time(make: Build) -> Build:
     return build
 
 
-def _run(name: str, check: str, subject: Any, expected: str | None) -> CheckResult:
+def _wanted(
+    known: Mapping[str, Any], checks: Iterable[str] | None, expected: Mapping[str, str], slow: bool
+) -> list[str]:
+    """Names of the checks to run, in order; `InputError` where a name is none's."""
+    chosen = set(known if checks is None else checks)
+    for option, named in (("expected_failures", set(expected)), ("checks", chosen)):
+        if unknown := named - known.keys():
+            raise InputError(f"{option}: there is no check {min(unknown)!r}; choose from {', '.join(known)}")
+    return [check for check in known if check in chosen and (slow or check not in SLOW_CHECKS)]
+
+
+def _run(name: str, check: str, run: partial[None], expected: Mapping[str, str]) -> CheckResult:
     start = time.perf_counter()
     outcome, message = "passed", ""
     try:
-        with seeded(0):
-            CHECKS[check](subject) if check in CHECKS else subject()
+        with seeded(0), guarded():  # what one check changes for the whole program must not fail the others
+            run()
     except Skipped as skipped:
         outcome, message = "skipped", str(skipped)
     except CheckFailed as failure:
-        outcome, message = "failed", str(failure)
+        outcome, message = "failed", " ".join(str(failure).split())
     except Exception as error:  # whatever the backbone raises
-        outcome, message = "failed", " ".join(f"{type(error).__name__}: {error}".split()) + _place(error)
-    if expected is not None:
+        promised = " ".join(str(run.func.__doc__).split())
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        outcome, message = "failed", f"{told}{_place(error)}. What was promised: {promised}"
+    if check in expected:
         outcome, message = {
-            "failed": ("expected", f"{expected} ({message})"),
-            "passed": ("failed", f"expected to fail ({expected}), and passed; take it off expected_failures"),
+            "failed": ("expected", f"{expected[check]} ({message})"),
+            "passed": ("failed", f"expected to fail ({expected[check]}), and passed; take it off expected_failures"),
         }.get(outcome, (outcome, message))
     return CheckResult(name, check, outcome, message, round(time.perf_counter() - start, 2))
 
@@ -238,7 +262,7 @@ def _check_or_skip(check: str, backbone: str | nn.Module | Build) -> None:
 
     _, build = _subject(backbone)
     try:
-        with seeded(0):
+        with seeded(0), guarded():
             CHECKS[check](build)
     except Skipped as skipped:
         pytest.skip(str(skipped))

@@ -34,16 +34,19 @@ def check_shapes(build: Build) -> None:
         maps = model(random_images(model, 128, 192))
     require(
         isinstance(maps, (list, tuple)) and all(isinstance(m, Tensor) for m in maps),
-        f"the forward should return a list of tensors, and returned {type(maps).__name__}",
+        f"the forward should return a list of tensors, and returned {_kind(maps)}",
         "return one NCHW map per stride",
     )
-    for m, expected in zip(maps, expected_shapes(model, 2, 128, 192), strict=len(maps) == len(strides)):
+    require(len(maps) == len(strides), f"expected {len(strides)} maps, got {len(maps)}", "return one map per stride")
+    for m, expected in zip(maps, expected_shapes(model, 2, 128, 192), strict=True):
+        last = tuple(m.shape) == (expected[0], *expected[2:], expected[1])
         require(
             tuple(m.shape) == expected,
             f"expected a map (B, C, H, W) of {expected}, got {tuple(m.shape)}",
-            "declare the channels and strides that the maps have, and return them channels first",
+            "return channels first, as m.permute(0, 3, 1, 2)"
+            if last
+            else "declare the channels and strides that the maps have, finest first",
         )
-    require(len(maps) == len(strides), f"expected {len(strides)} maps, got {len(maps)}", "return one map per stride")
 
 
 def check_feature_info(build: Build) -> None:
@@ -82,7 +85,12 @@ def check_any_size(build: Build) -> None:
                 "pad what a stage cannot divide (size_divisor, or backbones.layers.pad_to_multiple); the base class "
                 "crops",
             )
-            require(bool(m.isfinite().all()), f"images of {height} x {width} give values that are not finite", "")
+            require(
+                bool(m.isfinite().all()),
+                f"images of {height} x {width} give values that are not finite",
+                "look for a division by a variance, a norm or a count that is 0 of so few cells, such as the unbiased "
+                "variance of one",
+            )
 
 
 def check_out_indices(build: Build) -> None:
@@ -104,7 +112,12 @@ def check_out_indices(build: Build) -> None:
         with torch.no_grad():
             chosen = part(images)
         for i, m in zip(indices, chosen, strict=True):
-            require_close(m, maps[i], f"map {i} with out_indices={indices} differs from that of the full pyramid")
+            require_close(
+                m,
+                maps[i],
+                f"map {i} with out_indices={indices} differs from that of the full pyramid",
+                "let no part depend on which others are built, and return maps by self.out_indices",
+            )
         if indices[-1] < count - 1:
             require(
                 count_parameters(part) < count_parameters(full),
@@ -120,33 +133,119 @@ def check_in_chans(build: Build) -> None:
         with torch.no_grad():
             maps = model(torch.randn(1, channels, 40, 40))
         widths = [m.shape[1] for m in maps]
-        require(widths == model.out_channels, f"in_chans={channels}: maps of widths {widths}", "use self.in_chans")
+        require(
+            widths == model.out_channels,
+            f"in_chans={channels}: maps of widths {widths}",
+            "build the first convolution with self.in_chans, and nothing else",
+        )
+
+
+def check_output_strides(build: Build) -> None:
+    """Every stride that `output_strides` claims is told and kept, and others are refused."""
+    full = build()
+    claimed = full.output_strides
+    require(
+        32 in claimed and all(isinstance(s, int) for s in claimed),
+        f"output_strides={claimed!r} should have 32, which leaves the architecture as it is",
+        "list it beside the strides that the architecture can dilate to",
+    )
+    for asked in claimed:
+        model = build(output_stride=asked).eval()
+        expected = [min(stride, asked) if asked < 32 else stride for stride in full.strides]
+        told = f"output_strides claims {asked}, and with output_stride={asked} "
+        remedy = "let stages beyond that stride dilate in place of striding, or claim (32,) alone"
+        require(model.strides == expected, f"{told}strides are told as {model.strides}, not {expected}", remedy)
+        with torch.no_grad():
+            try:
+                maps = model(random_images(model, 97, 33))
+            except Exception as error:  # of whatever is wrong with it
+                fail(f"{told}it raises {type(error).__name__}: {error}", remedy)
+        shapes = [tuple(m.shape) for m in maps]
+        require(shapes == expected_shapes(model, 2, 97, 33), f"{told}maps of 97 x 33 are {shapes}", remedy)
+    try:
+        build(output_stride=7)
+    except InputError:
+        return
+    fail("output_stride=7 should be refused, and was taken", "pass output_stride on to Backbone.__init__")
 
 
 def check_classifier(build: Build) -> None:
     """`features_only=False` is a classifier with timm's interface."""
-    try:
-        model: Any = build(features_only=False, num_classes=7).eval()  # returns logits, which `Backbone` cannot tell
-    except InputError as error:
-        raise Skipped(str(error)) from None
-    images, first = random_images(model, 70, 90), model.global_pool
+    model = _classifier(build)
+    images = random_images(model, 70, 90)
     with torch.no_grad():
         logits = model(images)
-        require(logits.shape == (2, 7), f"expected logits of (2, 7), got {tuple(logits.shape)}", "")
+        require(
+            isinstance(logits, Tensor) and logits.shape == (2, 7),
+            f"with num_classes=7, expected logits of (2, 7), got {_kind(logits)}",
+            "let forward_head return self.head of pooled features, (B, C)",
+        )
         features = model.forward_features(images)
-        again = model.forward_head(features)
-        require_close(again, logits, "forward_head(forward_features(x)) differs from forward(x)")
-        for kind in filter(None, model.global_pools):
-            try:
-                model.reset_classifier(3, kind)
-            except InputError:  # a library's model, or one without a class token
-                continue
-            shape = tuple(model.forward_head(features).shape)
-            require(shape == (2, 3), f"with global_pool={kind!r}, logits are {shape}", "leave it out of global_pools")
-        model.reset_classifier(7, first)
+        require_close(
+            model.forward_head(features),
+            logits,
+            "forward_head(forward_features(x)) differs from forward(x)",
+            "do in these two all that forward does",
+        )
         model.reset_classifier(3)
-        shape = tuple(model(images).shape)
-        require(shape == (2, 3), f"after reset_classifier(3), logits are {shape}", "")
+        require(
+            model(images).shape == (2, 3),
+            f"after reset_classifier(3), logits are {tuple(model(images).shape)}",
+            "set self.head anew, in make_head for self.num_classes, or extend reset_classifier",
+        )
         model.reset_classifier(0)
-        pooled = model.forward_head(features, pre_logits=True)
-        require_close(model(images), pooled, "after reset_classifier(0), the forward should return pooled features")
+        require_close(
+            model(images),
+            model.forward_head(features, pre_logits=True),
+            "after reset_classifier(0), the forward should return pooled features, and its output differs",
+            "let forward_head(features, pre_logits=True) return what the last layer sees, and the head of no classes "
+            "pass it on",
+        )
+
+
+def check_global_pools(build: Build) -> None:
+    """Each way to pool that `global_pools` claims is another one, in `build_backbone` and in `reset_classifier`."""
+    first = _classifier(build)
+    images = random_images(first, 64, 96)
+    pools: dict[str, Tensor] = {}
+    for pool in first.global_pools:
+        told = f"global_pools claims {pool!r}, and with global_pool={pool!r} "
+        remedy = "let forward_head pool by self.global_pool, or claim what it does alone"
+        try:
+            model: Any = build(features_only=False, num_classes=3, global_pool=pool).eval()
+            first.reset_classifier(3, pool)
+            model.load_state_dict(first.eval().state_dict())
+            with torch.no_grad():
+                logits, anew = model(images), first(images)
+        except InputError:  # which says what does not go with it: a library's model, or options
+            continue
+        except Exception as error:  # of whatever is wrong with it
+            fail(f"{told}it raises {type(error).__name__}: {error}", remedy)
+        require(
+            not pool or logits.shape == (2, 3), f"{told}logits of 3 classes are {_kind(logits)}, not (2, 3)", remedy
+        )
+        require(
+            _same(anew, logits),
+            f"{told}logits differ from those after reset_classifier(3, {pool!r})",
+            "let reset_classifier and make_head set all that depends on self.global_pool",
+        )
+        with torch.no_grad():
+            pooled = model.forward_head(model.forward_features(images), pre_logits=True)
+        same = [other for other, features in pools.items() if _same(features, pooled)]
+        require(not same, f"{told}features are those of {same}", remedy)
+        pools[pool] = pooled
+
+
+def _classifier(build: Build) -> Any:  # what it returns are logits, which `Backbone` cannot tell
+    try:
+        return build(features_only=False, num_classes=7).eval()
+    except InputError as error:
+        raise Skipped(str(error)) from None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def _kind(value: object) -> str:
+    return f"a tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -6,8 +6,9 @@ from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import url2pathname
+from urllib.request import Request, url2pathname, urlopen
 
 import timm
 import torch
@@ -131,16 +132,50 @@ def torchvision_transforms(enum: str) -> Any:
     return get_weight(enum).transforms()
 
 
+def leads_nowhere(row: Weights, online: bool = True) -> str:
+    """Why published weights cannot be had, as far as this can be told; empty where they can.
+
+    Args:
+        row: which.
+        online: ask the hub, or the server; else only files are looked for.
+
+    Raises:
+        OSError: neither answers.
+    """
+    if row.source.startswith("file://"):
+        path = _local_path(row)
+        return "" if path.is_file() else f"there is no file {path}"
+    if not online or _is_offline():
+        return ""
+    if row.source.startswith("hf-hub:"):
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import GatedRepoError
+
+        repo, files, revision = _on_hub(row)
+        try:
+            found = any(HfApi().file_exists(repo, file, revision=revision) for file in files)
+        except GatedRepoError:  # it is there, for those who have asked for it
+            return ""
+        except Exception as error:  # of whatever library the hub's client goes by
+            raise OSError(f"the hub does not answer: {error}") from error
+        return "" if found else f"{repo} on the hub holds no {' or '.join(files)}"
+    try:
+        urlopen(Request(row.source, method="HEAD"), timeout=10).close()
+    except HTTPError as error:
+        return f"{row.source} answers {error.code} {error.reason}" if error.code in (404, 410) else ""
+    return ""
+
+
 def _fetch(row: Weights, name: str) -> Path:
     """The local file of published weights, downloaded if need be and allowed."""
     if row.source.startswith("hf-hub:"):
         return _fetch_from_hub(row, name)
     if row.source.startswith("file://"):
-        return Path(url2pathname(urlsplit(row.source).path))
+        return _local_path(row)
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(row.source).path).name
     if not path.is_file():
         try:
-            if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+            if _is_offline():
                 raise OSError("HF_HUB_OFFLINE is set")
             path.parent.mkdir(parents=True, exist_ok=True)
             digest = re.search(r"-([a-f0-9]{8,})\.", path.name)  # where the name has the first digits of one
@@ -157,13 +192,11 @@ def _fetch_from_hub(row: Weights, name: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    path, _, revision = row.source.removeprefix("hf-hub:").partition("@")
-    *folders, last = path.split("/", 2)
-    repo, file = ("/".join(folders), [last]) if len(folders) == 2 else (path, [])
+    repo, files, revision = _on_hub(row)
     unreachable = None
-    for filename in file or _HUB_FILES:
+    for filename in files:
         try:
-            return Path(hf_hub_download(repo, filename, revision=revision or None))
+            return Path(hf_hub_download(repo, filename, revision=revision))
         except LocalEntryNotFoundError as error:  # offline, or no network, and not in the cache
             unreachable = unreachable or error
         except EntryNotFoundError:
@@ -176,4 +209,20 @@ def _fetch_from_hub(row: Weights, name: str) -> Path:
             f"({str(unreachable).splitlines()[0]}). Where there is a network, run `hf download {repo}`; "
             "then copy the weights here and pass pretrained=PATH, or copy the cache and set HF_HOME"
         ) from unreachable
-    raise WeightsError(f"{name}: {repo} on the hub holds no {' or '.join(file or _HUB_FILES)}")
+    raise WeightsError(f"{name}: {repo} on the hub holds no {' or '.join(files)}")
+
+
+def _on_hub(row: Weights) -> tuple[str, tuple[str, ...], str | None]:
+    """Repository, names of which one is the weights', and revision."""
+    path, _, revision = row.source.removeprefix("hf-hub:").partition("@")
+    *folders, last = path.split("/", 2)
+    repo, files = ("/".join(folders), (last,)) if len(folders) == 2 else (path, _HUB_FILES)
+    return repo, files, revision or None
+
+
+def _local_path(row: Weights) -> Path:
+    return Path(url2pathname(urlsplit(row.source).path))
+
+
+def _is_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
