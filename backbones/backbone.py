@@ -317,7 +317,7 @@ class Backbone(Classifier, Intermediates, metaclass=_Finished):
         blocks = stages if coarse else [(self.block_pattern, None), *stages]
         return {
             "stem": self.stem_pattern,
-            "blocks": [*blocks, (r"^(?:norm|pre_logits|stage_norms)\.", (99999,))],
+            "blocks": [*blocks, (r"^(?:norm|last_norm|pre_logits|stage_norms)\.", (99999,))],
         }
 
     def no_weight_decay(self) -> set[str]:

@@ -17,7 +17,12 @@ every_family = pytest.mark.parametrize("name", FAMILIES)
 HONEST = [name for name, check in CHECKS.items() if check.__module__ == honesty.__name__]
 
 
-@parametrize_backbones(FAMILIES, slow_marks=pytest.mark.slow, slow_checks=[*SLOW_CHECKS, *HONEST])
+EXPECTED = {"maxvit_rmlp_pico_rw": {"rates_of_zero": "as published, the MLP of its biases drops an eighth in training"}}
+
+
+@parametrize_backbones(
+    FAMILIES, expected_failures=EXPECTED, slow_marks=pytest.mark.slow, slow_checks=[*SLOW_CHECKS, *HONEST]
+)
 def test_conformance(name, check):
     check(name)
 
