@@ -532,8 +532,17 @@ def test_real_weights_name_real_photographs(lite0, shared_data):
 # --- the promise --------------------------------------------------------------------------------------------
 
 
+NEW = "found by a new check, to be mended"
+EXPECTED = {
+    "timm/test_efficientnet": {"drop_path": NEW},
+    "timm/test_vit": {"global_pools": NEW, "no_weight_decay": NEW},
+}
+
+
 @parametrize_backbones(
-    ["timm/test_efficientnet", "timm/test_convnext", "timm/test_vit", "timm/test_resnet"], slow_marks=pytest.mark.slow
+    ["timm/test_efficientnet", "timm/test_convnext", "timm/test_vit", "timm/test_resnet"],
+    slow_marks=pytest.mark.slow,
+    expected_failures=EXPECTED,
 )
 def test_conformance(name, check):
     check(name)

@@ -72,7 +72,14 @@ def loaded(name, original, tmp_path, **options):
     return build_backbone(f"torchvision/{name}", pretrained=tmp_path / "torchvision.pth", **options).eval()
 
 
-@parametrize_backbones(IN_DETAIL, slow_marks=pytest.mark.slow)
+POOLS = {"global_pools": "claims max, and pools by the mean: found by a new check, to be mended"}
+
+
+@parametrize_backbones(
+    IN_DETAIL,
+    expected_failures={f"torchvision/{name}": POOLS for name in ("mobilenet_v3_small", "efficientnet_b0")},
+    slow_marks=pytest.mark.slow,
+)
 def test_conformance(name, check):
     check(name)
 
