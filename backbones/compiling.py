@@ -13,8 +13,8 @@ def compile_blocks(model: nn.Module) -> None:
     """Compiles, in place, each block of a model by itself, for images of any size.
 
     A block is what stands in a row with others of its class. State dicts and copies do not show it. On an x86 CPU,
-    float32 linear layers are compiled as 1x1 convolutions: a compiler sends the one to MKL and the other to oneDNN,
-    which takes half the time on AMD's processors, forward and backward.
+    float32 linear layers run by oneDNN: a compiler sends them to MKL, which takes twice as long on AMD's processors,
+    forward and backward.
     """
     for module in model.children():
         row = list(module) if isinstance(module, (nn.Sequential, nn.ModuleList)) else []
@@ -30,7 +30,7 @@ def _compile(graph: torch.fx.GraphModule, inputs: Any) -> Any:
     from torch._inductor import config  # takes a second to import
     from torch._inductor.compile_fx import compile_fx
 
-    if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+    if onednn.HAS_OPERATORS:
         for node in graph.graph.nodes:
             if node.op == "call_function" and node.target is F.linear:
                 node.target = _linear

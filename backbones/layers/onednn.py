@@ -26,14 +26,15 @@ ACTIVATIONS = {
 _ROWS = 1024
 _SIDE = 56
 
-_HAS_OPERATORS = (
+#: Whether PyTorch has oneDNN's operators here, and they are the quickest.
+HAS_OPERATORS = (
     torch.backends.mkldnn.is_available()
     and torch.backends.cpu.get_cpu_capability().startswith("AVX")  # elsewhere PyTorch picks other libraries itself
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 )
 _SUPPORTED = {torch.float32}
-if _HAS_OPERATORS and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+if HAS_OPERATORS and torch.ops.mkldnn._is_mkldnn_bf16_supported():
     _SUPPORTED.add(torch.bfloat16)
 
 
@@ -43,7 +44,7 @@ _laid_out = WeakTensorKeyDictionary()
 def can_run(x: Tensor, weight: Tensor) -> bool:
     """Whether the functions below take these; tracers see through other operators only."""
     return (
-        _HAS_OPERATORS
+        HAS_OPERATORS
         and not is_exporting()
         and x.dtype is weight.dtype
         and x.dtype in _SUPPORTED
